@@ -1,0 +1,75 @@
+# `make` alone lists the targets. Each target makes the virtual environment it needs.
+
+PYTHON ?= python3
+# An index with CPU-only wheels of torch and torchvision, for machines without a GPU.
+TORCH_INDEX ?=
+# A folder with the 24 Kodak images, for `make figures`.
+KODAK ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# One thread per worker: the workers share the cores, and torch would start one thread a core in each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+FIT := $(BIN)/python -m percov2.fit --config
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format types train-tiny figures clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  Variables: PYTHON=python3.12  TORCH_INDEX=URL (CPU wheels)  KODAK=DIR"
+
+# The package goes in first, without dependencies, because pip then refuses an unsuitable Python
+# before anything large is downloaded. torch and torchvision follow as a matched pair: several
+# dependencies ask for "any torch", and an index of CPU wheels (TORCH_INDEX) has nothing else to
+# offer, so it must not serve the last step.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --no-deps --editable .
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+		torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $@
+
+venv: $(INSTALLED) ## make .venv with everything for development
+
+demo: $(INSTALLED) ## compress and decompress sample photographs into demo-output/
+	$(BIN)/python -m percov2.demo --output demo-output
+
+test: $(INSTALLED) ## run the fast tests
+	$(PYTEST)
+
+# pytest exits with 5 when it finds no test to run; a tree without slow tests is not a failure.
+test-slow: $(INSTALLED) ## run the slow tests
+	@$(PYTEST) -m 'slow and not gpu' || { \
+		code=$$?; \
+		[ $$code -eq 5 ] || exit $$code; \
+		echo "no test is marked slow: nothing to run, which is not a failure"; \
+	}
+
+lint: $(INSTALLED) ## check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(INSTALLED) ## mend style and formatting in place
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(INSTALLED) ## check the type annotations
+	$(BIN)/mypy
+
+train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards and captions)
+	$(FIT) configs/tiny/autoencoder.yaml
+	$(FIT) configs/tiny/stage1.yaml
+	$(FIT) configs/tiny/stage2.yaml
+	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
+	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/low/stage2.yaml
+
+figures: $(INSTALLED) ## measure the presets on Kodak and draw the figures (KODAK=DIR)
+	$(if $(KODAK),,$(error KODAK is not set: run `make figures KODAK=DIR` with the folder of the Kodak images))
+	$(BIN)/python benchmarks/kodak.py --data $(KODAK)
+
+clean: ## remove caches and build products (keeps .venv and runs)
+	rm -rf build dist *.egg-info demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks percov2 tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Image to latents to tokens, and the caption."""

@@ -1,0 +1,62 @@
+"""Image to training sample. Shape legend: H and W are the crop's side in pixels."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture to float32 (3, H, W) in [-1, 1]."""
+    array = np.asarray(image, np.float32)
+    return torch.from_numpy(array).movedim(-1, 0) / 127.5 - 1
+
+
+def tensor_to_image(tensor: Tensor) -> Image.Image:
+    """Float (3, H, W), about [-1, 1], clamped, to an RGB picture."""
+    pixels = ((tensor.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(pixels.movedim(0, -1).cpu().numpy())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CropTransform:
+    """Resize with the aspect ratio kept, crop a square, flip.
+
+    Attributes:
+        size: side of the crop in pixels.
+        max_zoom: training: the short side is resized to a random length between ``size`` and
+            ``max_zoom * size``, but not above its own length; at least 1.
+        train: random scale, place and flip; otherwise the largest centre crop.
+
+    Raises:
+        ValueError: size or zoom below 1.
+    """
+
+    size: int
+    max_zoom: float
+    train: bool
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.max_zoom < 1:
+            raise ValueError(
+                f"crop size {self.size} and max_zoom {self.max_zoom} must be at least 1"
+            )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """RGB picture of any size to float32 (3, size, size) in [-1, 1]."""
+        longest = max(float(self.size), min(float(min(image.size)), self.max_zoom * self.size))
+        target = random.uniform(self.size, longest) if self.train else float(self.size)
+        # Side of the crop in pixels of the original: only what is kept is resampled.
+        side = self.size * min(image.size) / target
+        place = (random.random(), random.random()) if self.train else (0.5, 0.5)
+        left, top = ((length - side) * p for length, p in zip(image.size, place, strict=True))
+        box = (left, top, left + side, top + side)
+        crop = image.resize((self.size, self.size), Image.Resampling.LANCZOS, box=box)
+        if self.train and random.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image_to_tensor(crop)

@@ -1,0 +1,1 @@
+"""Tokens and caption to bits and back."""

@@ -1,0 +1,70 @@
+"""Files: outputs that appear whole or not at all, and the pictures in a folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+IMAGE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif")
+)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file that becomes `path` when the block succeeds.
+
+    The temporary file lies in the same folder, is hidden, has the same suffix and the permissions
+    of any new file (umask). It replaces `path` in one step, so that no other process ever sees a
+    half-written file. If the block raises, whatever it raises, the temporary file is removed and
+    `path` is left as it was. A symbolic link is followed, not replaced.
+
+    Args:
+        path: The file to write; its folder must exist.
+
+    Raises:
+        ValueError: `path` exists and is no regular file: replacing a folder, a device or a pipe
+            is never meant.
+        OSError: The folder is missing or cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{path}: is not a regular file, choose another output file")
+    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The pictures in `folder` and below, sorted by path, without hidden files and folders.
+
+    A picture is a file whose suffix, in any case, is in `IMAGE_SUFFIXES`. Symbolic links to
+    folders are not followed.
+
+    Raises:
+        ValueError: `folder` is not a folder.
+        OSError: A folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is not a folder")
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(found, key=lambda path: path.relative_to(folder).parts)
+
+
+def _raise(error: OSError) -> None:
+    raise error

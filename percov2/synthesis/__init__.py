@@ -1,0 +1,1 @@
+"""Tokens and caption to latents to image."""

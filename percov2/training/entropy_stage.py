@@ -1,0 +1,195 @@
+"""Stage 1: hyper-encoder, quantiser, latent decoder and masked image model. It needs no SD3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from percov2.analysis.hyper_encoder import HyperEncoder
+from percov2.analysis.vector_quantizer import VectorQuantizer
+from percov2.components import TokenizerComponents, load_autoencoder
+from percov2.data.laion import Batch
+from percov2.entropy.masked_transformer import (
+    MaskedTransformer,
+    draw_training_masks,
+    masked_cross_entropy,
+)
+from percov2.entropy.schedules import make_schedule
+from percov2.entropy.token_coder import TokenCoder
+from percov2.synthesis.latent_decoder import LatentDecoder
+from percov2.training.autoencoder_stage import psnr
+from percov2.training.optimization import Optimization, Phase, build_optimizer
+from percov2.training.randomness import batch_generator
+
+
+class EntropyStage(L.LightningModule):
+    """Latent reconstruction + rate, in two phases that may overlap.
+
+    Steps 0 .. ``tokenizer_steps`` - 1 train hyper-encoder, quantiser and latent decoder; steps
+    from ``masked_steps_from`` on train the masked transformer on detached tokens. With
+    ``tokenizer_steps`` equal to ``masked_steps_from`` no compute is spent on modelling tokens
+    that still move.
+
+    Args:
+        autoencoder: directory that holds an `autoencoder` or a `vae` folder; frozen.
+        hyper_encoder: to be trained.
+        quantizer: to be trained.
+        latent_decoder: to be trained.
+        masked_transformer: to be trained.
+        schedule: that the masked transformer learns.
+        tokenizer_optimization: of hyper-encoder, quantiser's projections and latent decoder.
+        masked_optimization: of the masked transformer.
+        tokenizer_steps: see above.
+        masked_steps_from: see above.
+        commitment_weight: of the quantiser's commitment loss; 0 is PerCo's choice.
+        random_mask_share: share of samples with random instead of scheduled masks, in [0, 1].
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        *,
+        autoencoder: Path,
+        hyper_encoder: HyperEncoder,
+        quantizer: VectorQuantizer,
+        latent_decoder: LatentDecoder,
+        masked_transformer: MaskedTransformer,
+        schedule: str,
+        tokenizer_optimization: Optimization,
+        masked_optimization: Optimization,
+        tokenizer_steps: int,
+        masked_steps_from: int,
+        commitment_weight: float,
+        random_mask_share: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if masked_steps_from > tokenizer_steps:
+            raise ValueError(
+                f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
+                "nothing would be trained in between"
+            )
+        self.autoencoder = load_autoencoder(autoencoder).requires_grad_(False)
+        self.hyper_encoder, self.quantizer = hyper_encoder, quantizer
+        self.latent_decoder, self.masked_transformer = latent_decoder, masked_transformer
+        self.schedule, self.seed = schedule, seed
+        self.tokenizer_optimization = tokenizer_optimization
+        self.masked_optimization = masked_optimization
+        self.tokenizer_steps, self.masked_steps_from = tokenizer_steps, masked_steps_from
+        self.commitment_weight, self.random_mask_share = commitment_weight, random_mask_share
+
+    def on_fit_start(self) -> None:
+        """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
+        self.to(memory_format=torch.channels_last)
+
+    def _tokenizer_loss(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction + commitment, and the tokens (B, r, c)."""
+        quantized = self.quantizer(self.hyper_encoder(latents))
+        reconstruction = F.mse_loss(self.latent_decoder(quantized.features), latents)
+        self.log("train/latent_mse", reconstruction, prog_bar=True)
+        self.log("train/commitment", quantized.commitment_loss)
+        loss = reconstruction + self.commitment_weight * quantized.commitment_loss
+        return loss, quantized.tokens
+
+    def _masked_loss(self, tokens: Tensor, keys: list[str], *, step: int) -> Tensor:
+        """Bits per token of the masked transformer."""
+        groups = make_schedule(self.schedule, *tokens.shape[1:])
+        masks = draw_training_masks(
+            groups,
+            len(tokens),
+            random_share=self.random_mask_share,
+            generator=batch_generator(self.seed, step, keys),
+        )
+        return masked_cross_entropy(self.masked_transformer, tokens, masks)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of the phase or phases that this step belongs to."""
+        tokenizing = self.global_step < self.tokenizer_steps
+        with torch.no_grad():
+            latents = self.autoencoder.encode(batch["image"])
+        if tokenizing:
+            loss, tokens = self._tokenizer_loss(latents)
+        else:
+            tokens = self._frozen_tokens(latents)
+            loss = latents.new_zeros(())
+        if self.global_step >= self.masked_steps_from:
+            bits = self._masked_loss(tokens, batch["key"], step=self.global_step)
+            self.log("train/bits_per_token", bits, prog_bar=True)
+            loss = loss + bits
+        return loss
+
+    @torch.no_grad()
+    def _frozen_tokens(self, latents: Tensor) -> Tensor:
+        """Tokens (B, r, c) without moving the codebook."""
+        self.quantizer.eval()
+        tokens: Tensor = self.quantizer(self.hyper_encoder(latents)).tokens
+        self.quantizer.train(self.training)
+        return tokens
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the histogram of held-out tokens."""
+        self._counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64)
+        self._bytes = 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """PSNR of the predicted latents; real bytes of the token streams."""
+        image = batch["image"]
+        latents = self.autoencoder.encode(image)
+        quantized = self.quantizer(self.hyper_encoder(latents))
+        prediction = self.latent_decoder(quantized.features)
+        size = len(image)
+        self.log("val/latent_mse", F.mse_loss(prediction, latents), batch_size=size)
+        decoded = self.autoencoder.decode(prediction)
+        self.log("val/psnr", psnr(decoded, image), batch_size=size, prog_bar=True)
+        tokens = quantized.tokens.cpu()
+        self._counts += torch.bincount(tokens.flatten(), minlength=len(self._counts))
+        coder = TokenCoder(
+            None if self.schedule == "uniform" else self.masked_transformer,
+            schedule=self.schedule,
+            codebook_size=self.quantizer.codebook_size,
+        )
+        steps = coder.steps_total(*tokens.shape[1:])
+        for grid in tokens.numpy():
+            self._bytes += len(coder.encode(grid, steps=steps))
+
+    def on_validation_epoch_end(self) -> None:
+        """Bits per token from bytes, beside the entropy that a mere histogram would give."""
+        share = self._counts.double() / self._counts.sum()
+        entropy = -(share * share.clamp_min(1e-12).log2()).sum()
+        self.log("val/bits_per_token", 8 * self._bytes / int(self._counts.sum()), prog_bar=True)
+        self.log("val/zero_order_entropy", entropy.float())
+        self.log("val/codes_used", (self._counts > 0).sum().float())
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with a parameter group, and a schedule, per phase."""
+        last = int(self.trainer.estimated_stepping_batches)
+        parts = (self.hyper_encoder, self.quantizer, self.latent_decoder)
+        return build_optimizer(
+            Phase(
+                optimization=self.tokenizer_optimization,
+                parameters=[p for part in parts for p in part.parameters()],
+                first=0,
+                last=min(self.tokenizer_steps, last),
+            ),
+            Phase(
+                optimization=self.masked_optimization,
+                parameters=self.masked_transformer.parameters(),
+                first=self.masked_steps_from,
+                last=last,
+            ),
+        )
+
+    def export(self, directory: Path) -> None:
+        """Write a stage 1 directory."""
+        TokenizerComponents(
+            autoencoder=self.autoencoder,
+            hyper_encoder=self.hyper_encoder,
+            quantizer=self.quantizer,
+            latent_decoder=self.latent_decoder,
+            masked_transformer=self.masked_transformer,
+        ).save(directory)

@@ -1,0 +1,193 @@
+"""Stage 2: the flow transformer learns to paint the latents from tokens and caption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from percov2.components import CodecComponents, CodecConfig, TokenizerComponents
+from percov2.data.laion import Batch
+from percov2.entropy.masked_transformer import draw_training_masks, masked_cross_entropy
+from percov2.entropy.schedules import make_schedule
+from percov2.synthesis.flow import Flow
+from percov2.synthesis.flow_transformer import predict_velocity
+from percov2.synthesis.sampler import Tiling, sample
+from percov2.training.autoencoder_stage import psnr
+from percov2.training.flow_start import FlowStart
+from percov2.training.optimization import Optimization, Phase, build_optimizer
+from percov2.training.randomness import batch_generator, sample_generators
+
+
+class FlowStage(L.LightningModule):
+    """Conditional flow matching on stage 1's tokens.
+
+    With ``train_tokenizer`` the hyper-encoder, quantiser and latent decoder learn from the flow's
+    loss too, and the masked transformer follows on detached tokens, so that the entropy model
+    stays true; otherwise all of them are frozen.
+
+    Args:
+        tokenizer: stage 1 directory.
+        start: where transformer and text encoders come from.
+        flow: path, shift, source and training times.
+        tiling: stored with the model: tiles of at most the training crop.
+        optimization: of all that is trained.
+        name: of the model, shown by `percov2 info`.
+        schedule: that stage 1's masked transformer learned.
+        caption_dropout: share of samples trained without caption, in [0, 1].
+        train_tokenizer: see above.
+        train_text_encoders: whether the text encoders learn (tiny ones must, SD3's must not).
+        default_steps: stored with the model.
+        default_guidance: stored with the model.
+        validation_steps: sampling steps of the validation images.
+        half: export float16 weights.
+        seed: of noise, times and caption drop.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Path,
+        start: FlowStart,
+        flow: Flow,
+        tiling: Tiling,
+        optimization: Optimization,
+        name: str,
+        schedule: str,
+        caption_dropout: float,
+        train_tokenizer: bool,
+        train_text_encoders: bool,
+        default_steps: int,
+        default_guidance: float,
+        validation_steps: int = 4,
+        half: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        parts = TokenizerComponents.load(tokenizer)
+        self.autoencoder = parts.autoencoder.requires_grad_(False)
+        trained = {"hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"}
+        for part, module in parts.modules().items():
+            setattr(self, part, module.requires_grad_(train_tokenizer and part in trained))
+        self.parts = parts
+        self.transformer, self.text_conditioner = start.build(
+            parts.latent_decoder.condition_channels, parts.autoencoder.latent_channels
+        )
+        self.text_conditioner.requires_grad_(train_text_encoders)
+        self.config = CodecConfig(
+            name=name,
+            model_id=0,
+            schedule=schedule,
+            latents_per_token=int(parts.hyper_encoder.config.reduction),
+            flow=flow,
+            tiling=tiling,
+            default_steps=default_steps,
+            default_guidance=default_guidance,
+        )
+        self.flow, self.optimization = flow, optimization
+        self.caption_dropout, self.train_tokenizer = caption_dropout, train_tokenizer
+        self.validation_steps, self.half_export, self.seed = validation_steps, half, seed
+
+    def on_fit_start(self) -> None:
+        """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
+        self.to(memory_format=torch.channels_last)
+
+    def on_train_epoch_start(self) -> None:
+        """Frozen parts stay in evaluation mode: the quantiser must not move its codebook."""
+        for module in self.parts.modules().values():
+            module.train(self.train_tokenizer)
+
+    def _condition(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, C, h, w) to tokens (B, r, c), condition (B, K, h, w) and prediction."""
+        with torch.set_grad_enabled(self.train_tokenizer and torch.is_grad_enabled()):
+            quantized = self.parts.quantizer(self.parts.hyper_encoder(latents))
+            condition, prediction = self.parts.latent_decoder.condition(quantized.features)
+        return quantized.tokens, condition, prediction
+
+    def _flow_loss(
+        self, latents: Tensor, condition: Tensor, prediction: Tensor, batch: Batch, *, step: int
+    ) -> Tensor:
+        """Mean squared error of the velocity."""
+        draws = sample_generators(self.seed, step, batch["key"])
+        normal = torch.stack([torch.randn((), generator=g) for g in draws]).to(latents)
+        dropped = [bool(torch.rand((), generator=g) < self.caption_dropout) for g in draws]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws])
+        captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped, strict=True)]
+        t = self.flow.normal_to_time(normal)
+        x_1 = self.flow.source(prediction, noise.to(latents))
+        x_t = self.flow.interpolate(latents, x_1, t)
+        text = self.text_conditioner(captions)
+        velocity = predict_velocity(
+            self.transformer, x_t, condition, t, text.embeddings, text.pooled
+        )
+        return F.mse_loss(velocity, self.flow.velocity(latents, x_1))
+
+    def _masked_loss(self, tokens: Tensor, keys: list[str]) -> Tensor:
+        """Bits per token of the masked transformer on the present, detached tokens."""
+        masks = draw_training_masks(
+            make_schedule(self.config.schedule, *tokens.shape[1:]),
+            len(tokens),
+            random_share=0.0,
+            generator=batch_generator(self.seed, self.global_step, keys),
+        )
+        return masked_cross_entropy(self.parts.masked_transformer, tokens, masks)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Flow matching, and the rate of tokens that move."""
+        with torch.no_grad():
+            latents = self.parts.autoencoder.encode(batch["image"])
+        tokens, condition, prediction = self._condition(latents)
+        loss = self._flow_loss(latents, condition, prediction, batch, step=self.global_step)
+        self.log("train/flow", loss, prog_bar=True)
+        if self.train_tokenizer:
+            bits = self._masked_loss(tokens, batch["key"])
+            self.log("train/bits_per_token", bits, prog_bar=True)
+            loss = loss + bits
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Flow loss with fixed draws, and PSNR of pictures painted with captions."""
+        image = batch["image"]
+        size = len(image)
+        latents = self.parts.autoencoder.encode(image)
+        _, condition, prediction = self._condition(latents)
+        loss = self._flow_loss(latents, condition, prediction, batch, step=0)
+        self.log("val/flow", loss, batch_size=size, prog_bar=True)
+        text = self.text_conditioner(batch["caption"])
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.seed))
+
+        def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
+            return predict_velocity(
+                self.transformer, x_t, condition, t, text.embeddings, text.pooled
+            )
+
+        x_1 = self.flow.source(prediction, noise.to(latents))
+        painted = sample(self.flow, velocity, condition, x_1, steps=self.validation_steps)
+        decoded = self.parts.autoencoder.decode(painted)
+        self.log("val/psnr", psnr(decoded, image), batch_size=size, prog_bar=True)
+        flat = self.parts.autoencoder.decode(prediction)
+        self.log("val/psnr_prediction", psnr(flat, image), batch_size=size)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over everything that requires a gradient."""
+        return build_optimizer(
+            Phase(
+                optimization=self.optimization,
+                parameters=self.parameters(),
+                first=0,
+                last=int(self.trainer.estimated_stepping_batches),
+            )
+        )
+
+    def export(self, directory: Path) -> None:
+        """Write a complete model directory."""
+        CodecComponents(
+            config=self.config,
+            tokenizer=self.parts,
+            transformer=self.transformer,
+            text_conditioner=self.text_conditioner,
+        ).save(directory, half=self.half_export)

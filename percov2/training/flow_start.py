@@ -1,0 +1,153 @@
+"""Where stage 2's transformer and text encoders come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import SD3Transformer2DModel
+
+from percov2.components import CodecComponents
+from percov2.synthesis.flow_transformer import extend_patch_embedding
+from percov2.synthesis.text_conditioner import (
+    TextConditioner,
+    tiny_text_conditioner,
+    train_clip_tokenizer,
+)
+
+
+class FlowStart(ABC):
+    """A starting point for stage 2."""
+
+    @abstractmethod
+    def build(
+        self, condition_channels: int, latent_channels: int
+    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
+        """The transformer, already extended by the condition channels, and text encoders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromScratch(FlowStart):
+    """Small, randomly initialised networks of SD3's classes.
+
+    Attributes:
+        num_layers: transformer blocks.
+        num_heads: attention heads.
+        head_dim: channels per head.
+        max_patches: side of the table of position embeddings, in 2x2 patches of latents.
+        captions: text file, a caption a line, that the tokenizer's vocabulary is learned from.
+        vocab_size: of the tokenizer.
+        text_length: captions are cut to this many tokens.
+        text_dim: channels of each of the two CLIP encoders.
+        text_layers: of each.
+        text_heads: of each.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    max_patches: int
+    captions: Path
+    vocab_size: int
+    text_length: int
+    text_dim: int
+    text_layers: int
+    text_heads: int
+
+    def build(
+        self, condition_channels: int, latent_channels: int
+    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
+        """See `FlowStart.build`."""
+        lines = Path(self.captions).read_text(encoding="utf-8").splitlines()
+        text = tiny_text_conditioner(
+            tokenizer=train_clip_tokenizer(
+                lines, vocab_size=self.vocab_size, max_length=self.text_length
+            ),
+            hidden_size=self.text_dim,
+            layers=self.text_layers,
+            heads=self.text_heads,
+        )
+        transformer = SD3Transformer2DModel(
+            sample_size=2 * self.max_patches,
+            patch_size=2,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            num_layers=self.num_layers,
+            attention_head_dim=self.head_dim,
+            num_attention_heads=self.num_heads,
+            joint_attention_dim=2 * self.text_dim,
+            caption_projection_dim=self.num_heads * self.head_dim,
+            pooled_projection_dim=2 * self.text_dim,
+            pos_embed_max_size=self.max_patches,
+            qk_norm="rms_norm",
+        )
+        return extend_patch_embedding(transformer, condition_channels), text
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromModel(FlowStart):
+    """Transformer and text encoders of a percov2 model, for another rate of the same shape.
+
+    Attributes:
+        directory: a stage 2 directory.
+    """
+
+    directory: Path
+
+    def build(
+        self, condition_channels: int, latent_channels: int
+    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
+        """See `FlowStart.build`.
+
+        Raises:
+            ValueError: the model's condition has another number of channels.
+        """
+        model = CodecComponents.load(Path(self.directory))
+        found = model.transformer.config.in_channels
+        if found != latent_channels + condition_channels:
+            raise ValueError(
+                f"{self.directory}: its transformer takes {found} channels, this stage 1 gives "
+                f"{latent_channels} + {condition_channels}: use a stage 1 of the same widths"
+            )
+        return model.transformer, model.text_conditioner
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromStableDiffusion3(FlowStart):
+    """SD3-medium or SD3.5 in diffusers' layout, from the hub (gated) or a directory.
+
+    Attributes:
+        model: hub id or directory.
+        use_t5: load the third text encoder (10 GB in float16).
+        revision: of the hub repository.
+    """
+
+    model: str
+    use_t5: bool
+    revision: str | None = None
+
+    def build(
+        self, condition_channels: int, latent_channels: int
+    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
+        """See `FlowStart.build`.
+
+        Raises:
+            ValueError: the repository cannot be reached or read; says how to get access.
+        """
+        try:
+            transformer = SD3Transformer2DModel.from_pretrained(
+                self.model, subfolder="transformer", revision=self.revision, use_safetensors=True
+            )
+        except OSError as error:
+            raise ValueError(
+                f"cannot load {self.model}: accept the licence on its model page, then log in "
+                f"with `hf auth login` or set HF_TOKEN, or give a local directory ({error})"
+            ) from error
+        text = TextConditioner.from_sd3(
+            self.model,
+            use_t5=self.use_t5,
+            joint_dim=int(transformer.config.joint_attention_dim),
+            revision=self.revision,
+        )
+        return extend_patch_embedding(transformer, condition_channels), text

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from percov2.entropy.masked_transformer import (
+    Block,
+    MaskedTransformer,
+    TrainingMasks,
+    _Windows,
+    draw_training_masks,
+    masked_cross_entropy,
+)
+from percov2.entropy.schedules import make_schedule, num_groups
+from percov2.entropy.token_coder import TokenCoder
+from tests.tiny_models import randomise
+
+V = 16
+SIZES = [(1, 1), (4, 4), (3, 9), (8, 8), (9, 13), (5, 2)]
+
+
+def make_model(*, num_layers: int = 2, window: int = 4) -> MaskedTransformer:
+    """Random everywhere: at initialisation the position bias is zero."""
+    torch.manual_seed(0)
+    model = MaskedTransformer(
+        codebook_size=V, dim=16, num_layers=num_layers, num_heads=2, window=window
+    )
+    randomise(model, std=0.3)
+    return model.eval()
+
+
+def make_tokens(rows: int, cols: int, *, batch: int = 1, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(V, (batch, rows, cols), generator=generator)
+
+
+def everywhere(tokens: Tensor) -> Tensor:
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_unknown_tokens_do_not_matter_and_known_ones_do(size: tuple[int, int]) -> None:
+    model, tokens = make_model(), make_tokens(*size, batch=2)
+    known = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    known[0, 0, 0] = True
+    logits = model(tokens, known, ~known)
+    assert logits.shape == (int((~known).sum()), V)
+    other = (tokens + 1) % V
+    assert torch.equal(model(torch.where(known, tokens, other), known, ~known), logits)
+    if (~known[0]).any():
+        assert not torch.equal(model(torch.where(known, other, tokens), known, ~known), logits)
+
+
+@torch.no_grad()
+def test_logits_come_in_row_major_order_of_the_positions() -> None:
+    model, tokens = make_model(), make_tokens(5, 6, batch=2)
+    known = tokens < 6
+    grid = model(tokens, known, everywhere(tokens)).view(2, 5, 6, V)
+    where = tokens > 10
+    torch.testing.assert_close(model(tokens, known, where), grid[where])
+
+
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_mix() -> None:
+    model, tokens = make_model(), make_tokens(9, 5, batch=3)
+    known = tokens < 8
+    together = model(tokens, known, everywhere(tokens)).view(3, 9, 5, V)
+    for i in range(3):
+        alone = model(tokens[i : i + 1], known[i : i + 1], everywhere(tokens[i : i + 1]))
+        torch.testing.assert_close(together[i], alone.view(9, 5, V), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_split_and_join(size: tuple[int, int], *, shifted: bool) -> None:
+    windows = _Windows.of(*size, 4, shifted=shifted)
+    grid = torch.randn(2, *size, 3)
+    split = windows.split(grid)
+    assert split.shape[1] == windows.y * windows.x <= 16
+    assert torch.equal(windows.join(split, 2), grid)
+
+
+def naive_window(length: int, window: int, *, shifted: bool) -> Tensor:
+    """The window, along one axis, of each position; -1 is the cut-off beginning."""
+    shift = window // 2 if shifted and length > window else 0
+    return torch.div(torch.arange(length) - shift, window, rounding_mode="floor")
+
+
+def naive_block(block: Block, grid: Tensor) -> Tensor:
+    """The block on (r, c, d) with dense attention among all positions."""
+    rows, cols, dim = grid.shape
+    window, attention = block.window, block.attention
+    y, x = (
+        i.flatten() for i in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    )
+    ids_y = naive_window(rows, window, shifted=block.shifted)[y]
+    ids_x = naive_window(cols, window, shifted=block.shifted)[x]
+    together = (ids_y[:, None] == ids_y) & (ids_x[:, None] == ids_x)
+    delta = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+    heads = attention.num_heads
+    q, k, v = attention.qkv(block.norm_1(grid)).view(-1, 3, heads, dim // heads).unbind(1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / (dim // heads) ** 0.5
+    scores = scores + attention.position_bias[:, delta.clamp(0, (2 * window - 1) ** 2 - 1)]
+    weights = scores.masked_fill(~together, float("-inf")).softmax(-1)
+    mixed = torch.einsum("hij,jhd->ihd", weights, v).reshape(rows, cols, dim)
+    grid = grid + attention.out(mixed)
+    return grid + block.mlp(block.norm_2(grid))
+
+
+@pytest.mark.parametrize("size", [(4, 4), (3, 4), (8, 12), (9, 13), (6, 3), (1, 7)])
+@torch.no_grad()
+def test_windowed_attention_equals_dense_masked_attention(size: tuple[int, int]) -> None:
+    model, tokens = make_model(num_layers=3), make_tokens(*size)
+    known = tokens < 8
+    grid = torch.where(known[0, ..., None], model.token_embedding(tokens[0]), model.mask_embedding)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        grid = naive_block(block, grid)
+    expected = model.head(model.norm(grid)).flatten(0, 1)
+    logits = model(tokens, known, everywhere(tokens))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 15)])
+@torch.no_grad()
+def test_a_token_reaches_its_windows_and_no_opposite_edge(size: tuple[int, int]) -> None:
+    """Rolling brings opposite edges into one window: they must not see each other."""
+    model, tokens = make_model(), make_tokens(*size)
+    known = everywhere(tokens)
+    before = model(tokens, known, known).view(*size, V)
+    tokens[0, 0, 0] = (tokens[0, 0, 0] + 1) % V
+    changed = (model(tokens, known, known).view(*size, V) != before).any(-1)
+    expected = torch.zeros(size, dtype=torch.bool)
+    # Rows 0 to 3 share a window with it, then rows 2 to 5 share a shifted one with those.
+    expected[:6, :6] = True
+    assert torch.equal(changed, expected)
+
+
+@torch.no_grad()
+def test_saved_model_gives_equal_logits(tmp_path: Path) -> None:
+    model, tokens = make_model(), make_tokens(5, 6)
+    model.save_pretrained(tmp_path)
+    known = tokens < 8
+    loaded = MaskedTransformer.from_pretrained(tmp_path)
+    assert torch.equal(loaded(tokens, known, ~known), model(tokens, known, ~known))
+
+
+def draw(name: str, batch: int, *, random_share: float) -> TrainingMasks:
+    return draw_training_masks(
+        make_schedule(name, 6, 8),
+        batch,
+        random_share=random_share,
+        generator=torch.Generator().manual_seed(3),
+    )
+
+
+@pytest.mark.parametrize("name", ["checkerboard", "quincunx", "qlds", "var", "uniform"])
+@pytest.mark.parametrize("random_share", [0.0, 0.5, 1.0])
+def test_known_and_target_are_disjoint_and_never_empty(name: str, random_share: float) -> None:
+    masks = draw(name, 64, random_share=random_share)
+    assert masks.known.shape == masks.target.shape == (64, 6, 8)
+    assert masks.known.dtype == masks.target.dtype == torch.bool
+    assert not (masks.known & masks.target).any()
+    assert masks.target.any((1, 2)).all()
+
+
+@pytest.mark.parametrize("name", ["checkerboard", "quincunx", "qlds", "var"])
+def test_scheduled_masks_are_steps_of_the_schedule(name: str) -> None:
+    groups = torch.from_numpy(make_schedule(name, 6, 8).astype(np.int64))
+    masks = draw(name, 4000, random_share=0.0)
+    sizes = torch.bincount(groups.flatten())
+    drawn = torch.zeros(len(sizes))
+    for known, target in zip(masks.known, masks.target, strict=True):
+        (step,) = groups[target].unique().tolist()
+        assert torch.equal(target, groups == step)
+        assert torch.equal(known, groups < step)
+        drawn[step] += 1
+    torch.testing.assert_close(drawn / 4000, sizes / sizes.sum(), atol=0.03, rtol=0)
+
+
+def test_random_masks_hide_any_share_and_predict_all_that_is_hidden() -> None:
+    masks = draw("qlds", 500, random_share=1.0)
+    assert torch.equal(masks.target, ~masks.known)
+    share = masks.known.float().mean((1, 2))
+    assert share.quantile(0.1) < 0.15
+    assert share.quantile(0.9) > 0.85
+    assert share.mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_draws_repeat_with_the_generator() -> None:
+    first, again = (draw("var", 20, random_share=0.5) for _ in range(2))
+    assert torch.equal(first.known, again.known)
+    assert torch.equal(first.target, again.target)
+
+
+def masks_of_steps(groups: Tensor, steps: list[int]) -> TrainingMasks:
+    step = torch.tensor(steps)[:, None, None]
+    return TrainingMasks(known=groups < step, target=groups == step)
+
+
+@pytest.mark.parametrize("name", ["checkerboard", "quincunx", "qlds", "var"])
+@torch.no_grad()
+def test_expected_cross_entropy_is_the_bits_per_token_of_the_stream(name: str) -> None:
+    model, tokens = make_model(), make_tokens(6, 7)
+    array = make_schedule(name, 6, 7)
+    groups = torch.from_numpy(array.astype(np.int64))
+    bits = TokenCoder(model, schedule=name, codebook_size=V).bits_per_group(tokens[0].numpy())
+    assert max(bits) > 0
+    expected = 0.0
+    for step in range(num_groups(array)):
+        loss = masked_cross_entropy(model, tokens, masks_of_steps(groups, [step])).item()
+        probability = (array == step).mean()
+        expected += probability * loss
+    assert expected == pytest.approx(sum(bits) / array.size, rel=1e-3)
+
+
+@torch.no_grad()
+def test_samples_weigh_the_same_whatever_their_number_of_targets() -> None:
+    """Steps are drawn by size already: pooling the targets would count large groups twice."""
+    model, tokens = make_model(), make_tokens(6, 7, batch=3)
+    groups = torch.from_numpy(make_schedule("quincunx", 6, 7).astype(np.int64))
+    steps = [0, 2, 1]
+    together = masked_cross_entropy(model, tokens, masks_of_steps(groups, steps))
+    apart = [
+        masked_cross_entropy(model, tokens[i : i + 1], masks_of_steps(groups, [step]))
+        for i, step in enumerate(steps)
+    ]
+    torch.testing.assert_close(together, torch.stack(apart).mean())
+
+
+def test_equal_logits_cost_log2_of_the_codebook() -> None:
+    model, tokens = make_model(), make_tokens(6, 8, batch=4)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.zero_()
+    loss = masked_cross_entropy(model, tokens, draw("var", 4, random_share=0.5))
+    assert loss.item() == pytest.approx(4)
+
+
+def test_every_parameter_learns_and_the_loss_falls() -> None:
+    torch.manual_seed(0)
+    model = MaskedTransformer(codebook_size=V, dim=16, num_layers=2, num_heads=2, window=4)
+    tokens = make_tokens(6, 8, batch=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = masked_cross_entropy(model, tokens, draw("quincunx", 8, random_share=0.2))
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.count_nonzero() > 0, name
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_padding_is_attended_to_by_nothing_that_exists() -> None:
+    for shifted, size in itertools.product((False, True), ((9, 13), (6, 5), (5, 4))):
+        windows = _Windows.of(*size, 4, shifted=shifted)
+        allowed = windows.may_attend(torch.device("cpu"))
+        assert allowed is not None
+        real = windows.split(torch.ones(1, *size, 1))[..., 0] > 0
+        pairs = allowed[:, 0]
+        assert not pairs[real[:, :, None] & ~real[:, None, :]].any()
+        assert pairs.any(-1).all(), "a row without a partner would be NaN"

@@ -1,0 +1,204 @@
+"""The command line's contract: files, folders, exit codes, one line for what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import percov2
+from percov2.cli import main
+
+
+@pytest.fixture
+def picture(tmp_path: Path, photograph: Image.Image) -> Path:
+    path = tmp_path / "photo.png"
+    photograph.save(path)
+    return path
+
+
+@pytest.fixture
+def stream(tmp_path: Path, picture: Path, tiny_model: Path) -> Path:
+    path = tmp_path / "photo.pcv2"
+    command = ["compress", str(picture), str(path), "--model", str(tiny_model), "--caption", "a b"]
+    assert main(command) == 0
+    return path
+
+
+def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("percov2: ")
+    return lines[0]
+
+
+def test_compress_then_decompress_in_another_process(
+    stream: Path, tiny_model: Path, tmp_path: Path, photograph: Image.Image
+) -> None:
+    out = tmp_path / "out.png"
+    command = [sys.executable, "-m", "percov2", "decompress", stream, out, "--model", tiny_model]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    with Image.open(out) as image:
+        assert image.size == photograph.size
+        assert image.text["percov2:bytes"] == str(stream.stat().st_size)
+        assert "generated" in image.text["Comment"]
+        here = percov2.load(str(tiny_model)).decompress(stream.read_bytes())
+        assert np.array_equal(np.asarray(image), np.asarray(here))
+
+
+def test_json_of_compress_and_info_is_the_same_dict(
+    picture: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.pcv2"
+    model = ["--model", str(tiny_model), "--json"]
+    assert main(["compress", str(picture), str(out), "--schedule-steps", "2", *model]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main(["info", str(out), *model]) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+    assert printed == percov2.info(out.read_bytes(), model=str(tiny_model))
+    assert printed["steps_sent"] == 2
+    contract = {"width", "height", "model", "caption", "bpp", "bytes", "steps_sent", "steps_total"}
+    assert contract <= set(printed)
+    assert set(printed["bytes"]) == {"header", "caption", "tokens", "total"}
+
+
+def test_info_for_people(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["info", str(stream)]) == 0
+    text = capsys.readouterr().out
+    assert "96x64" in text
+    assert f"{stream.stat().st_size} bytes" in text
+    assert "'a b'" in text
+
+
+def test_a_folder_with_a_bad_file_does_the_rest_and_exits_1(
+    tmp_path: Path,
+    photograph: Image.Image,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, streams, pictures = tmp_path / "in", tmp_path / "streams", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    photograph.save(source / "a.png")
+    photograph.save(source / "deep" / "b.jpg")
+    photograph.save(source / "a.webp")
+    (source / "broken.png").write_bytes(b"not a picture")
+    model = ["--model", str(tiny_model), "--json"]
+    assert main(["compress", str(source), str(streams), *model]) == 1
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert {Path(f["output"]).name for f in result["files"]} == {"a.pcv2", "b.pcv2"}
+    failed = {Path(f["input"]).name: f["error"] for f in result["failures"]}
+    assert set(failed) == {"a.webp", "broken.png"}
+    assert "2 of 4 files failed" in captured.err
+    assert sorted(p.name for p in streams.rglob("*") if p.is_file()) == ["a.pcv2", "b.pcv2"]
+    assert main(["decompress", str(streams), str(pictures), "--steps", "1", *model]) == 0
+    assert (pictures / "deep" / "b.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0 cut"], ids=len
+)
+def test_what_is_no_picture_is_one_line_exit_2_and_no_output(
+    content: bytes, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, out = tmp_path / "bad.png", tmp_path / "out.pcv2"
+    bad.write_bytes(content)
+    assert main(["compress", str(bad), str(out), "--model", str(tiny_model)]) == 2
+    assert "bad.png" in _one_line(capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.png"]
+
+
+def test_a_damaged_stream_is_one_line_exit_2_and_leaves_an_old_output_alone(
+    stream: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = bytearray(stream.read_bytes())
+    data[-1] ^= 1
+    stream.write_bytes(bytes(data))
+    out = tmp_path / "old.png"
+    out.write_bytes(b"precious")
+    capsys.readouterr()
+    assert main(["decompress", str(stream), str(out), "--model", str(tiny_model)]) == 2
+    assert "checksum" in _one_line(capsys)
+    assert out.read_bytes() == b"precious"
+
+
+def test_a_stream_of_no_preset_asks_for_its_model(
+    stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["decompress", str(stream), str(tmp_path / "o.png")]) == 2
+    assert "--model" in _one_line(capsys)
+    assert main(["info", str(stream), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["model"].startswith("0x")
+    assert described["steps_total"] is None
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["compress", "PICTURE", "out.jpg"], ".pcv2"),
+        (["compress", "PICTURE", "no/such/folder/x.pcv2"], "does not exist"),
+        (["compress", "missing.png", "x.pcv2"], "missing.png"),
+        (["compress", "PICTURE", "x.pcv2", "--schedule-steps", "99"], "choose 1 to"),
+        (["compress", "PICTURE", "x.pcv2", "--device", "abacus"], "abacus"),
+        (["decompress", "missing.pcv2", "x.png"], "missing.pcv2"),
+        (["info", "missing.pcv2"], "missing.pcv2"),
+    ],
+)
+def test_wrong_uses_are_one_line_and_exit_2(
+    command: list[str],
+    expected: str,
+    picture: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    command = [str(picture) if part == "PICTURE" else part for part in command]
+    assert main([*command, "--model", str(tiny_model)]) == 2
+    assert expected in _one_line(capsys)
+    assert not (picture.parent / "x.pcv2").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["paint"], ["compress"], ["compress", "a", "b", "--what"]])
+def test_a_wrong_command_line_is_one_line_and_exit_2(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2
+    assert "--help" in _one_line(capsys)
+
+
+def test_an_unknown_model_is_named(
+    picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(picture), str(tmp_path / "x.pcv2"), "--model", "huge"]) == 2
+    assert "'huge'" in _one_line(capsys)
+
+
+def test_package_and_help_need_no_torch() -> None:
+    program = (
+        "import sys, percov2, percov2.cli\n"
+        "try:\n    percov2.cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'lightning'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "compress" in done.stdout
+
+
+def test_output_permissions_are_those_of_any_new_file(stream: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stream.stat().st_mode & 0o777 == 0o666 & ~umask

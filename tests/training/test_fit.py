@@ -1,0 +1,154 @@
+"""Every shipped configuration of the embedded default, shrunken, run through `percov2.fit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import percov2
+from percov2.fit import main
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
+_ENTROPY = [
+    "--model.hyper_encoder.hidden_channels=8",
+    "--vars.feature_channels=8",
+    "--vars.codebook_size=16",
+    "--model.latent_decoder.hidden_channels=8",
+    "--model.latent_decoder.min_channels=8",
+    "--model.masked_transformer.dim=16",
+    "--model.masked_transformer.num_layers=2",
+    "--model.masked_transformer.num_heads=2",
+]
+_FLOW = [
+    "--model.start.init_args.num_layers=1",
+    "--model.start.init_args.num_heads=2",
+    "--model.start.init_args.head_dim=8",
+    "--model.start.init_args.vocab_size=520",
+    "--model.start.init_args.text_dim=8",
+    "--model.start.init_args.text_layers=2",
+    "--model.start.init_args.text_heads=1",
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Folders of a whole training: stage 0, 1, 2 and the lower rate."""
+
+    root: Path
+    data: Path
+
+    def fit(self, configs: list[str], name: str, steps: int, *options: str) -> L.Trainer:
+        """Train a configuration for a few steps of two 64-pixel crops."""
+        args = [f"--config={CONFIGS / config}" for config in configs]
+        args += [f"--vars.run={self.root / name}", f"--vars.data={self.data}"]
+        args += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+        args += ["--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu"]
+        args += ["--data.init_args.crop=64", "--data.init_args.batch_size=2"]
+        args += ["--data.init_args.val_samples=2", "--data.init_args.num_workers=0"]
+        args += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+        return main([*args, *options])
+
+    def model(self, name: str) -> Path:
+        """The directory that a run exported."""
+        return self.root / name / "model"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Run:
+    run = Run(tmp_path_factory.mktemp("runs"), training_data)
+    small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
+    run.fit(["autoencoder.yaml"], "ae", 2, *small)
+    entropy = [f"--vars.autoencoder={run.model('ae')}", *_ENTROPY]
+    run.fit(["stage1.yaml"], "s1", 4, "--vars.tokenizer_steps=2", *entropy)
+    overlay = ["stage1.yaml", "low/stage1.yaml"]
+    run.fit(overlay, "s1-low", 2, "--vars.tokenizer_steps=1", *entropy)
+    run.fit(["stage2.yaml"], "s2", 2, f"--vars.tokenizer={run.model('s1')}", *_FLOW)
+    run.fit(
+        ["stage2.yaml", "low/stage2.yaml"],
+        "s2-low",
+        2,
+        f"--vars.tokenizer={run.model('s1-low')}",
+        f"--model.start.init_args.directory={run.model('s2')}",
+    )
+    return run
+
+
+@pytest.mark.parametrize(("name", "rows", "cols"), [("s2", 4, 6), ("s2-low", 2, 3)])
+def test_the_trained_directories_are_codecs(
+    trained: Run, photograph: Image.Image, name: str, rows: int, cols: int
+) -> None:
+    codec = percov2.load(str(trained.model(name)))
+    data = codec.compress(photograph, caption="a cat")
+    assert codec.decode_tokens(data).shape == (rows, cols)
+    assert np.array_equal(codec.decode_tokens(data), codec.encode_tokens(photograph))
+    assert codec.decompress(data, steps=2).size == photograph.size
+    assert codec.config.name == {"s2": "tiny", "s2-low": "tiny-low"}[name]
+
+
+def test_rates_have_ids_of_their_own(trained: Run) -> None:
+    ids = {percov2.load(str(trained.model(name))).config.model_id for name in ("s2", "s2-low")}
+    assert len(ids) == 2
+
+
+def test_stage_2_keeps_the_tokenizer_of_stage_1(trained: Run) -> None:
+    for part in ("hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"):
+        before, after = (
+            load_file(trained.model(name) / part / "diffusion_pytorch_model.safetensors")
+            for name in ("s1", "s2")
+        )
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            # Stage 2 stores float16.
+            assert torch.equal(value.half().float(), after[key].float()), (part, key)
+
+
+def test_a_stage_1_directory_is_refused_as_a_codec(trained: Run) -> None:
+    with pytest.raises(ValueError, match="stage 2"):
+        percov2.load(str(trained.model("s1")))
+
+
+def test_the_run_folder_holds_config_curves_and_checkpoints(trained: Run) -> None:
+    folder = trained.root / "s2"
+    events = EventAccumulator(str(folder / "tensorboard" / "version_0")).Reload()
+    for tag in ("train/flow", "val/flow", "val/psnr"):
+        assert all(np.isfinite(event.value) for event in events.Scalars(tag))
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert list(folder.rglob("config.yaml"))
+
+
+def test_a_checkpoint_resumes_where_it_stopped(trained: Run) -> None:
+    checkpoint = trained.root / "s1" / "checkpoints" / "last.ckpt"
+    entropy = [f"--vars.autoencoder={trained.model('ae')}", *_ENTROPY]
+    resumed = trained.fit(
+        ["stage1.yaml"],
+        "s1-resumed",
+        6,
+        "--vars.tokenizer_steps=2",
+        f"--ckpt_path={checkpoint}",
+        *entropy,
+    )
+    assert resumed.global_step == 6
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    assert state["global_step"] == 4
+    assert state["state_dict"]["quantizer.updates"] == 2
+    final = load_file(
+        trained.model("s1-resumed") / "quantizer" / "diffusion_pytorch_model.safetensors"
+    )
+    assert torch.equal(final["codebook"], state["state_dict"]["quantizer.codebook"])
+
+
+def test_unknown_keys_are_refused(
+    training_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, training_data)
+    with pytest.raises(SystemExit):
+        run.fit(["autoencoder.yaml"], "x", 1, "--model.autoencoder.widht=8")
+    assert "widht" in capsys.readouterr().err

@@ -1,0 +1,213 @@
+"""Losses of the training stages: every term has a gradient, frozen parts stay frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from percov2.components import TokenizerComponents
+from percov2.data.laion import Batch
+from percov2.synthesis.flow import Flow
+from percov2.synthesis.sampler import Tiling
+from percov2.training import AutoencoderStage, EntropyStage, FlowStage
+from percov2.training.flow_start import FromModel
+from percov2.training.optimization import Optimization
+from tests.tiny_codec import save_tiny, tiny_tokenizer
+
+FAST = Optimization(lr=1e-3, warmup_steps=0)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    return Batch(image=image, caption=["a cat", ""], key=["0", "1"])
+
+
+@pytest.fixture(autouse=True)
+def _unattached_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages run here without a Trainer, which is where `log` sends its values."""
+    for stage in (AutoencoderStage, EntropyStage, FlowStage):
+        monkeypatch.setattr(stage, "log", lambda *args, **kwargs: None)
+        monkeypatch.setattr(stage, "global_step", 0, raising=False)
+
+
+def _step(stage: nn.Module, loss: Tensor) -> None:
+    optimizer = torch.optim.SGD(stage.parameters(), lr=1e-2)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _without_gradient(module: nn.Module) -> list[str]:
+    return [
+        name
+        for name, p in module.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+    ]
+
+
+def entropy_stage(directory: Path, *, tokenizer_steps: int, masked_from: int) -> EntropyStage:
+    parts = tiny_tokenizer()
+    parts.save(directory)
+    return EntropyStage(
+        autoencoder=directory,
+        hyper_encoder=parts.hyper_encoder,
+        quantizer=parts.quantizer,
+        latent_decoder=parts.latent_decoder,
+        masked_transformer=parts.masked_transformer,
+        schedule="quincunx",
+        tokenizer_optimization=FAST,
+        masked_optimization=FAST,
+        tokenizer_steps=tokenizer_steps,
+        masked_steps_from=masked_from,
+        commitment_weight=0.25,
+    ).train()
+
+
+def flow_stage(directory: Path, *, train_tokenizer: bool, from_prediction: bool) -> FlowStage:
+    save_tiny(directory, from_prediction=from_prediction)
+    flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
+    stage = FlowStage(
+        tokenizer=directory,
+        start=FromModel(directory=directory),
+        flow=flow,
+        tiling=Tiling(size=8, overlap=2),
+        optimization=FAST,
+        name="test",
+        schedule="quincunx",
+        caption_dropout=0.1,
+        train_tokenizer=train_tokenizer,
+        train_text_encoders=True,
+        default_steps=2,
+        default_guidance=1.0,
+    ).train()
+    stage.on_train_epoch_start()
+    return stage
+
+
+def test_autoencoder_loss_reaches_both_residuals(batch: Batch) -> None:
+    from percov2.analysis.autoencoder import PatchAutoencoder
+
+    autoencoder = PatchAutoencoder(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1)
+    stage = AutoencoderStage(autoencoder=autoencoder, optimization=FAST)
+    for _ in range(3):  # zero-initialised layers open one after the other
+        _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    assert _without_gradient(autoencoder) == []
+
+
+def test_entropy_stage_trains_the_tokenizer_first(batch: Batch, tmp_path: Path) -> None:
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=10)
+    _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    for part in (stage.hyper_encoder, stage.quantizer, stage.latent_decoder):
+        assert _without_gradient(part) == []
+    assert all(p.grad is None for p in stage.masked_transformer.parameters())
+
+
+def test_commitment_alone_reaches_the_hyper_encoder(batch: Batch, tmp_path: Path) -> None:
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=10)
+    latents = stage.autoencoder.encode(batch["image"])
+    stage.quantizer(stage.hyper_encoder(latents)).commitment_loss.backward()
+    assert _without_gradient(stage.hyper_encoder) == []
+    assert all(p.grad is None for p in stage.latent_decoder.parameters())
+
+
+def test_entropy_stage_then_trains_the_masked_transformer_alone(
+    batch: Batch, tmp_path: Path
+) -> None:
+    stage = entropy_stage(tmp_path, tokenizer_steps=0, masked_from=0)
+    codebook = stage.quantizer.codebook.clone()
+    _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    never_used = {"token_embedding.weight"}  # of codes that the batch lacks; the rest is not
+    assert set(_without_gradient(stage.masked_transformer)) <= never_used
+    assert all(p.grad is None for p in stage.hyper_encoder.parameters())
+    assert torch.equal(stage.quantizer.codebook, codebook)
+
+
+def test_joint_phase_has_both_losses(batch: Batch, tmp_path: Path) -> None:
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=0)
+    _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    assert _without_gradient(stage.hyper_encoder) == []
+    assert _without_gradient(stage.masked_transformer) == []
+
+
+def test_phases_with_a_gap_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="masked_steps_from 3 > tokenizer_steps 2"):
+        entropy_stage(tmp_path, tokenizer_steps=2, masked_from=3)
+
+
+@pytest.mark.parametrize("from_prediction", [False, True])
+def test_flow_stage_with_a_frozen_tokenizer(
+    batch: Batch, tmp_path: Path, from_prediction: bool
+) -> None:
+    stage = flow_stage(tmp_path, train_tokenizer=False, from_prediction=from_prediction)
+    codebook = stage.parts.quantizer.codebook.clone()
+    _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    # The text queries of SD3's last block have no output: it paints only.
+    unused = {"add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight"}
+    last = "transformer_blocks.1.attn."
+    assert set(_without_gradient(stage.transformer)) <= {last + name for name in unused}
+    encoders = stage.text_conditioner
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in encoders.parameters())
+    for module in stage.parts.modules().values():
+        assert all(p.grad is None for p in module.parameters())
+    assert torch.equal(stage.parts.quantizer.codebook, codebook)
+
+
+def test_flow_stage_with_a_joint_tokenizer_trains_all(batch: Batch, tmp_path: Path) -> None:
+    stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True)
+    codebook = stage.parts.quantizer.codebook.clone()
+    _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    for part in ("hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"):
+        assert _without_gradient(stage.parts.modules()[part]) == [], part
+    assert all(p.grad is None for p in stage.parts.autoencoder.parameters())
+    assert not torch.equal(stage.parts.quantizer.codebook, codebook)
+
+
+def test_flow_loss_does_not_depend_on_how_samples_are_batched(batch: Batch, tmp_path: Path) -> None:
+    stage = flow_stage(tmp_path, train_tokenizer=False, from_prediction=True)
+    whole = stage.training_step(batch, 0)
+    halves = [
+        stage.training_step(
+            Batch(
+                image=batch["image"][i : i + 1],
+                caption=[batch["caption"][i]],
+                key=[batch["key"][i]],
+            ),
+            0,
+        )
+        for i in range(2)
+    ]
+    # float32 sums in another order
+    assert torch.allclose(whole, torch.stack(halves).mean(), rtol=1e-4)
+
+
+def test_export_writes_what_load_reads(tmp_path: Path) -> None:
+    stage = entropy_stage(tmp_path / "ae", tokenizer_steps=1, masked_from=1)
+    stage.export(tmp_path / "out")
+    loaded = TokenizerComponents.load(tmp_path / "out")
+    for name, module in loaded.modules().items():
+        state = getattr(stage, name).state_dict()
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, state[key]), (name, key)
+
+
+def test_learning_rate_factors() -> None:
+    cosine = Optimization(lr=1.0, warmup_steps=10, decay="cosine")
+    assert cosine.factor(0, first=0, last=110) == pytest.approx(0.1)
+    assert cosine.factor(10, first=0, last=110) == 1.0
+    assert cosine.factor(60, first=0, last=110) == pytest.approx(0.5)
+    assert cosine.factor(109, first=0, last=110) < 0.001
+    assert cosine.factor(110, first=0, last=110) == 0
+    assert cosine.factor(99, first=100, last=200) == 0
+    assert Optimization(lr=1.0, warmup_steps=0).factor(50, first=0, last=100) == 1
