@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from percov2.layers import ResidualBlock, zeroed
+
 PATCH = 8
 """Pixels per latent, along rows and along columns, of SD3's and of the light autoencoder."""
 
@@ -83,33 +85,9 @@ class StableDiffusionAutoencoder(nn.Module):
         return image
 
 
-def _zeroed(conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution with its parameters set to zero."""
-    for parameter in conv.parameters():
-        nn.init.zeros_(parameter)
-    return conv
-
-
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a SiLU, added to the input; the second starts at zero."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.SiLU(),
-            _zeroed(nn.Conv2d(channels, channels, 3, padding=1)),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, h, w) to the same shape."""
-        out: Tensor = x + self.body(x)
-        return out
-
-
 def _residual_net(channels_in: int, width: int, blocks: int, channels_out: int) -> nn.Sequential:
     """A small convolutional net whose output is zero at initialisation."""
-    last = _zeroed(nn.Conv2d(width, channels_out, 1))
+    last = zeroed(nn.Conv2d(width, channels_out, 1))
     return nn.Sequential(
         nn.Conv2d(channels_in, width, 1),
         nn.SiLU(),

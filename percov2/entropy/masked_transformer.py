@@ -147,6 +147,21 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, codebook_size)
 
+    @torch.no_grad()
+    def init_from_codebook(self, codebook: Tensor) -> None:
+        """Start with embeddings and logits that are alike for codes that are alike.
+
+        Without this the model must learn from the data alone which of V codes resemble each
+        other, which takes most of a short training.
+
+        Args:
+            codebook: (V, code dimension), rows of unit length.
+        """
+        projection = torch.randn(codebook.shape[1], self.config.dim, device=codebook.device)
+        embedding = codebook @ projection
+        self.token_embedding.weight.copy_(embedding)
+        self.head.weight.copy_(embedding / self.config.dim)
+
     def forward(self, tokens: Tensor, known: Tensor, where: Tensor) -> Tensor:
         """Logits at some positions.
 

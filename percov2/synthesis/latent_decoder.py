@@ -12,22 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class ConvBlock(nn.Module):
-    """Residual block of two 3x3 convolutions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, h, w) to the same shape."""
-        out: Tensor = x + self.body(x)
-        return out
+from percov2.layers import ResidualBlock
 
 
 class LatentDecoder(ModelMixin, ConfigMixin):
@@ -65,12 +50,12 @@ class LatentDecoder(ModelMixin, ConfigMixin):
             raise ValueError(f"reduction is {reduction}: it must be a power of two")
         channels = hidden_channels
         layers: list[nn.Module] = [nn.Conv2d(feature_channels, channels, 1)]
-        layers.extend(ConvBlock(channels) for _ in range(blocks))
+        layers.extend(ResidualBlock(channels) for _ in range(blocks))
         for _ in range(reduction.bit_length() - 1):
             narrower = max(channels // 2, min_channels)
             layers.append(nn.Conv2d(channels, 4 * narrower, 1))
             layers.append(nn.PixelShuffle(2))
-            layers.extend(ConvBlock(narrower) for _ in range(blocks))
+            layers.extend(ResidualBlock(narrower) for _ in range(blocks))
             channels = narrower
         layers.append(nn.Conv2d(channels, latent_channels, 3, padding=1))
         self.layers = nn.Sequential(*layers)

@@ -107,6 +107,11 @@ class EntropyStage(L.LightningModule):
         )
         return masked_cross_entropy(self.masked_transformer, tokens, masks)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let the masked transformer start from the codebook that it finds."""
+        if self.global_step == self.masked_steps_from:
+            self.masked_transformer.init_from_codebook(self.quantizer.codebook)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the phase or phases that this step belongs to."""
         tokenizing = self.global_step < self.tokenizer_steps

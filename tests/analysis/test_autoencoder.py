@@ -90,9 +90,10 @@ def test_images_must_be_padded(shape: tuple[int, ...]) -> None:
 
 def make_patches(latent_channels: int) -> PatchAutoencoder:
     torch.manual_seed(0)
-    return PatchAutoencoder(
+    autoencoder: PatchAutoencoder = PatchAutoencoder(
         latent_channels=latent_channels, width=8, encoder_blocks=1, decoder_blocks=2
     )
+    return autoencoder
 
 
 @pytest.fixture(scope="module")

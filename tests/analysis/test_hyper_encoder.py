@@ -10,9 +10,11 @@ from percov2.analysis.hyper_encoder import RATES, REDUCTIONS, HyperEncoder
 
 def make_encoder(reduction: int) -> HyperEncoder:
     torch.manual_seed(0)
-    return HyperEncoder(
+    encoder: HyperEncoder = HyperEncoder(
         latent_channels=4, hidden_channels=16, out_channels=32, reduction=reduction
-    ).eval()
+    )
+    encoder.eval()
+    return encoder
 
 
 @pytest.mark.parametrize(

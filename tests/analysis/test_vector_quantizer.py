@@ -23,13 +23,14 @@ def make_quantizer(
     *, codebook_size: int = 8, decay: float = 0.9, revival_threshold: float = 0.0
 ) -> VectorQuantizer:
     torch.manual_seed(0)
-    return VectorQuantizer(
+    quantizer: VectorQuantizer = VectorQuantizer(
         feature_channels=CHANNELS,
         codebook_size=codebook_size,
         code_dim=DIM,
         decay=decay,
         revival_threshold=revival_threshold,
     )
+    return quantizer
 
 
 def make_features(seed: int, *, batch: int = 2) -> Tensor:

