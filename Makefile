@@ -66,7 +66,7 @@ train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards 
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
 	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/low/stage2.yaml
 
-figures: $(INSTALLED) ## measure the presets on Kodak and draw the figures (KODAK=DIR)
+figures: $(INSTALLED) ## measure the presets on Kodak (KODAK=DIR)
 	$(if $(KODAK),,$(error KODAK is not set: run `make figures KODAK=DIR` with the folder of the Kodak images))
 	$(BIN)/python benchmarks/kodak.py --data $(KODAK)
 

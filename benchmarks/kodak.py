@@ -1,7 +1,8 @@
 """Measures models on a folder of pictures: real file bytes, PSNR, MS-SSIM, seconds, memory.
 
 ``python benchmarks/kodak.py --data KODAK --captions captions.json --model tiny --output DIR``
-writes DIR/MODEL.csv, a row per picture, the streams and the reconstructions, and prints means.
+writes DIR/NAME-STEPS-steps.csv, a row per picture, with the streams and reconstructions beside it,
+and prints means.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from percov2.codec import Codec
 from percov2.data.transforms import image_to_tensor
 from percov2.files import list_images
 from percov2.images import read_image, write_png
+from percov2.inspection import png_metadata
 
 
 def _quality(original: torch.Tensor, restored: torch.Tensor) -> dict[str, float]:
@@ -50,9 +52,9 @@ def measure(codec: Codec, path: Path, caption: str, output: Path, steps: int) ->
     started = time.perf_counter()
     restored = codec.decompress(data, steps=steps)
     decode_seconds = time.perf_counter() - started
-    write_png(output / f"{path.stem}.png", restored, {"Software": "percov2 benchmark"})
-    tokens = codec.decode_tokens(data)
     described = percov2.info(data, model=str(codec.summary.directory))
+    write_png(output / f"{path.stem}.png", restored, png_metadata(described))
+    tokens = codec.decode_tokens(data)
     uniform = tokens.size * np.log2(codec.components.tokenizer.quantizer.codebook_size)
     return {
         "image": path.stem,
@@ -83,7 +85,7 @@ def main() -> None:
     captions = json.loads(args.captions.read_text()) if args.captions else {}
     for model in args.model:
         codec = percov2.load(model)
-        output = args.output / Path(model).name
+        output = args.output / codec.config.name
         output.mkdir(parents=True, exist_ok=True)
         steps = codec.config.default_steps if args.steps is None else args.steps
         rows = []

@@ -13,20 +13,21 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from percov2 import __version__
 from percov2.bitstream import Stream
-from percov2.files import atomic_path, list_images
-from percov2.inspection import GENERATED_NOTE, info
+from percov2.files import atomic_path, list_files, list_images
+from percov2.inspection import GENERATED_NOTE, info, png_metadata
 from percov2.model_store import preset_names, resolve_stream_model
-
-if TYPE_CHECKING:
-    from percov2.codec import Codec
 
 STREAM_SUFFIX = ".pcv2"
 EXIT_SOME_FAILED = 1
 EXIT_USER_ERROR = 2
+
+# ValueError and OSError are what our code raises and lets through; the others come from torch
+# (a device out of memory, an operation it lacks) and from models that need a missing package.
+_REPORTED = (ValueError, OSError, MemoryError, RuntimeError, ImportError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit.*")
     try:
         code: int = args.run(args)
-    except (ValueError, OSError) as error:
+    except _REPORTED as error:
         print(f"percov2: {_one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -111,6 +112,11 @@ def _add_compress(commands: Any) -> None:
         metavar="K",
         help="send the first K token groups only; the decoder invents the rest",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let a captioner of the hub run its own code (Molmo needs it)",
+    )
     parser.set_defaults(run=_compress)
 
 
@@ -136,62 +142,91 @@ def _add_info(commands: Any) -> None:
 
 
 def _compress(args: argparse.Namespace) -> int:
-    caption, captioner = _caption_options(args)
-    codec = _load(args.model, args, captioner=captioner)
+    from percov2.codec import Codec
+
+    _check_paths(args, STREAM_SUFFIX)
+    _quieten_libraries()
+    codec = Codec.from_pretrained(args.model, **_load_options(args), captioner=_captioner(args))
 
     def one(source: Path, target: Path) -> dict[str, Any]:
-        data = codec.compress(source, caption=caption, schedule_steps=args.schedule_steps)
+        data = codec.compress(source, schedule_steps=args.schedule_steps)
         with atomic_path(target) as temporary:
             temporary.write_bytes(data)
-        return info(data, model=args.model)
+        return info(data, model=str(codec.summary.directory))
 
     return _run(args, one, list_images, STREAM_SUFFIX)
 
 
-def _caption_options(args: argparse.Namespace) -> tuple[str | None, Any]:
-    """Text for every picture, or None and the captioner that writes it."""
-    if args.caption == "none":
-        return "", None
-    if args.caption != "auto" and not args.caption.startswith("auto:"):
-        return args.caption, None
-    from percov2.analysis.captioner import make_captioner
+def _captioner(args: argparse.Namespace) -> Any:
+    from percov2.analysis.captioner import GivenCaptioner, make_captioner
 
-    return None, make_captioner(args.caption, device=args.device)
+    if args.caption in ("none", "auto") or args.caption.startswith("auto:"):
+        return make_captioner(
+            args.caption, device=args.device, trust_remote_code=args.trust_remote_code
+        )
+    return GivenCaptioner(args.caption)
 
 
 def _decompress(args: argparse.Namespace) -> int:
+    from percov2.codec import Codec, check_sampling
+    from percov2.images import write_png
+
+    _check_paths(args, ".png")
+    check_sampling(steps=args.steps, guidance=args.guidance, seed=args.seed)
+    _quieten_libraries()
     codecs: dict[str, Codec] = {}
+
+    def load(model: str) -> Codec:
+        if model not in codecs:
+            codecs[model] = Codec.from_pretrained(model, **_load_options(args))
+        return codecs[model]
+
+    if args.model is not None:
+        load(args.model)
 
     def one(source: Path, target: Path) -> dict[str, Any]:
         data = source.read_bytes()
-        model = args.model or resolve_stream_model(Stream.from_bytes(data).model_id)
-        if model not in codecs:
-            codecs[model] = _load(model, args)
-        image = codecs[model].decompress(
-            data, steps=args.steps, guidance=args.guidance, seed=args.seed
-        )
-        description = info(data, model=model)
-        _write_png(target, image, description)
+        codec = load(args.model or resolve_stream_model(Stream.from_bytes(data).model_id))
+        image = codec.decompress(data, steps=args.steps, guidance=args.guidance, seed=args.seed)
+        description = info(data, model=str(codec.summary.directory))
+        metadata = {"Software": f"percov2 {__version__}", **png_metadata(description)}
+        write_png(target, image, metadata)
         return description
 
     return _run(args, one, _list_streams, ".png")
 
 
-def _write_png(target: Path, image: Any, description: dict[str, Any]) -> None:
-    from percov2.images import write_png
+def _load_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": args.device, "dtype": args.dtype, "offload": args.offload}
 
-    write_png(
-        target,
-        image,
-        {
-            "Software": f"percov2 {__version__}",
-            "Comment": GENERATED_NOTE,
-            "percov2:model": description["model"],
-            "percov2:bytes": str(description["bytes"]["total"]),
-            "percov2:bpp": f"{description['bpp']:.6f}",
-            **({"Description": description["caption"]} if description["caption"] else {}),
-        },
-    )
+
+def _quieten_libraries() -> None:
+    """Their bars count the files of each component, which tells a user of the codec nothing."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _check_paths(args: argparse.Namespace, suffix: str) -> None:
+    """Refuse paths that cannot work before any model is loaded."""
+    if args.input.is_dir():
+        if args.output.exists() and not args.output.is_dir():
+            raise ValueError(
+                f"IN {args.input} is a folder, OUT {args.output} is a file: name a folder"
+            )
+        if args.output.resolve() == args.input.resolve():
+            raise ValueError(f"IN and OUT are the same folder {args.input}: name another for OUT")
+        return
+    if not args.input.exists():
+        raise ValueError(f"{args.input} does not exist: check its name")
+    if args.output.is_dir():
+        raise ValueError(f"OUT {args.output} is a folder, IN is a file: name a {suffix} file")
+    if args.output.suffix.lower() != suffix:
+        raise ValueError(f"output {args.output} must end in {suffix}, or IN be a folder")
+    if not args.output.parent.is_dir():
+        raise ValueError(f"folder {args.output.parent} does not exist: make it first")
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -200,22 +235,8 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(model: str, args: argparse.Namespace, *, captioner: Any = None) -> Codec:
-    import diffusers
-    import transformers
-
-    from percov2.codec import Codec
-
-    # Their bars count the files of each component, which tells a user of the codec nothing.
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    return Codec.from_pretrained(
-        model, device=args.device, dtype=args.dtype, offload=args.offload, captioner=captioner
-    )
-
-
 def _list_streams(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob(f"*{STREAM_SUFFIX}") if not p.name.startswith("."))
+    return list_files(folder, frozenset((STREAM_SUFFIX,)))
 
 
 def _run(
@@ -226,10 +247,6 @@ def _run(
 ) -> int:
     """Apply a command to a file, or to every file of a folder."""
     if not args.input.is_dir():
-        if args.output.suffix.lower() != suffix:
-            raise ValueError(f"output {args.output} must end in {suffix}, or IN be a folder")
-        if not args.output.parent.is_dir():
-            raise ValueError(f"folder {args.output.parent} does not exist: make it first")
         result = one(args.input, args.output)
         print(json.dumps(result) if args.json else f"{args.output}: {_describe(result)}")
         return 0
@@ -257,7 +274,7 @@ def _run_folder(
                 raise ValueError(f"{written[target]} has taken the output {target}: rename one")
             target.parent.mkdir(parents=True, exist_ok=True)
             result = one(source, target)
-        except (ValueError, OSError) as error:
+        except _REPORTED as error:
             failures.append({"input": str(source), "error": _one_line(error)})
             continue
         written[target] = source

@@ -49,6 +49,7 @@ from percov2.synthesis.sampler import Velocity, guided, sample, tiled
 
 logger = logging.getLogger("percov2")
 
+MAX_SAMPLING_STEPS = 1000
 ImageInput = Image.Image | NDArray[np.uint8] | str | Path
 
 
@@ -212,10 +213,10 @@ class Codec:
 
         Args:
             data: the file's bytes.
-            steps: sampling steps, at least 1; None is the model's default.
+            steps: sampling steps, 1 to 1000; None is the model's default.
             guidance: classifier-free guidance, at least 0, 1 is off; None is the default.
-            seed: of the noise, at least 0; None derives it from the file, so that decoding twice
-                gives the same picture.
+            seed: of the noise, 0 to 2**64 - 1; None derives it from the file, so that decoding
+                twice gives the same picture.
 
         Raises:
             BitstreamError: not a stream of this model, or damaged.
@@ -223,13 +224,9 @@ class Codec:
         """
         steps = self.config.default_steps if steps is None else steps
         guidance = self.config.default_guidance if guidance is None else guidance
-        if steps < 1 or not 0 <= guidance < float("inf") or (seed is not None and seed < 0):
-            raise ValueError(
-                f"steps {steps} must be at least 1, guidance {guidance} at least 0, "
-                f"seed {seed} at least 0"
-            )
-        stream = self._parse(data)
         seed = zlib.crc32(data) if seed is None else seed
+        check_sampling(steps=steps, guidance=guidance, seed=seed)
+        stream = self._parse(data)
         tokens = self._coder.fill(self._decode_tokens(stream), seed=seed)
         caption = decode_caption(stream.caption_mode, stream.caption)
         latents = self._paint(tokens, caption, steps=steps, guidance=guidance, seed=seed)
@@ -294,7 +291,7 @@ def _velocity(transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:
             transformer,
             x_t.to(dtype),
             condition.to(dtype),
-            t.to(dtype),
+            t,  # float32: in half precision 1000 t would be off by several steps
             text.expand(batch, -1, -1),
             pooled.expand(batch, -1),
         ).float()
@@ -302,16 +299,38 @@ def _velocity(transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:
     return velocity
 
 
+def check_sampling(*, steps: int | None, guidance: float | None, seed: int | None) -> None:
+    """Refuse sampling options out of range; None, the model's default, is in range.
+
+    Raises:
+        ValueError: see `Codec.decompress`.
+    """
+    if steps is not None and not 1 <= steps <= MAX_SAMPLING_STEPS:
+        raise ValueError(f"steps is {steps}: it must be 1 to {MAX_SAMPLING_STEPS}")
+    if guidance is not None and not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance is {guidance}: it must be at least 0 and finite")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}: it must be 0 to 2**64 - 1")
+
+
 def _to_picture(image: ImageInput) -> Image.Image:
     """Any input to an 8-bit sRGB picture of a size that the format holds."""
     if isinstance(image, str | Path):
         picture, notes = read_image(Path(image))
+        notes = [f"{image}: {note}" for note in notes]
     else:
-        if isinstance(image, np.ndarray) and image.dtype != np.uint8:
-            raise ValueError(f"array of {image.dtype}: give uint8 in 0 .. 255, (H, W, 3) or (H, W)")
-        original = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        original = _array_to_picture(image) if isinstance(image, np.ndarray) else image
         check_size(*original.size)
         picture, notes = to_srgb(original)
     for note in notes:
         logger.warning("%s", note)
     return picture
+
+
+def _array_to_picture(array: NDArray[Any]) -> Image.Image:
+    if array.dtype != np.uint8 or (array.ndim != 2 and array.shape[2:] != (3,)):
+        raise ValueError(
+            f"array of {array.dtype} with shape {array.shape}: give uint8 in 0 .. 255 of shape "
+            "(H, W, 3) or (H, W)"
+        )
+    return Image.fromarray(array)

@@ -18,7 +18,11 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, SD3Transformer2DModel
 from torch import nn
 
-from percov2.analysis.autoencoder import PatchAutoencoder, StableDiffusionAutoencoder
+from percov2.analysis.autoencoder import (
+    Autoencoder,
+    PatchAutoencoder,
+    StableDiffusionAutoencoder,
+)
 from percov2.analysis.hyper_encoder import HyperEncoder
 from percov2.analysis.vector_quantizer import VectorQuantizer
 from percov2.entropy.masked_transformer import MaskedTransformer
@@ -107,7 +111,7 @@ class CodecConfig:
 class TokenizerComponents:
     """What stage 1 trains: image to tokens, tokens to bits, tokens to predicted latents."""
 
-    autoencoder: PatchAutoencoder | StableDiffusionAutoencoder
+    autoencoder: Autoencoder
     hyper_encoder: HyperEncoder
     quantizer: VectorQuantizer
     latent_decoder: LatentDecoder
@@ -184,17 +188,16 @@ def load_component(
     return loaded
 
 
-def save_autoencoder(
-    autoencoder: PatchAutoencoder | StableDiffusionAutoencoder, directory: Path
-) -> None:
+def save_autoencoder(autoencoder: Autoencoder, directory: Path) -> None:
     """Write `autoencoder` (light) or `vae` (SD3's, as diffusers names it)."""
-    if isinstance(autoencoder, PatchAutoencoder):
-        autoencoder.save_pretrained(directory / "autoencoder")
-    else:
+    if isinstance(autoencoder, StableDiffusionAutoencoder):
         autoencoder.vae.save_pretrained(directory / "vae")
+    else:
+        assert isinstance(autoencoder, PatchAutoencoder)
+        autoencoder.save_pretrained(directory / "autoencoder")
 
 
-def load_autoencoder(directory: Path) -> PatchAutoencoder | StableDiffusionAutoencoder:
+def load_autoencoder(directory: Path) -> Autoencoder:
     """Read whichever autoencoder the directory holds.
 
     Raises:
@@ -237,6 +240,19 @@ class CodecComponents:
                 f"latents_per_token is {self.config.latents_per_token}, the hyper-encoder reduces "
                 f"by {reduction}: files of two models are mixed, download the model again"
             )
+        codes = parts.quantizer.codebook_size
+        if parts.masked_transformer.config.codebook_size != codes:
+            raise ValueError(
+                f"the masked transformer knows {parts.masked_transformer.config.codebook_size} "
+                f"codes, the quantiser {codes}: files of two models are mixed, download the model "
+                "again"
+            )
+        patches = self.transformer.config.pos_embed_max_size
+        if self.config.tiling.size > patches * self.transformer.config.patch_size:
+            raise ValueError(
+                f"tiles of {self.config.tiling.size} latents are larger than the transformer's "
+                f"table of {patches} patches a side: use smaller tiles"
+            )
         channels = parts.autoencoder.latent_channels + parts.latent_decoder.condition_channels
         if self.transformer.config.in_channels != channels:
             raise ValueError(
@@ -252,7 +268,11 @@ class CodecComponents:
             directory: made if missing.
             half: store float16 weights; the model id is that of the rounded weights, which
                 is what every loader sees. The model itself keeps its weights.
+
+        Raises:
+            ValueError: the directory holds parts of another model that would stay behind.
         """
+        self._refuse_leftovers(directory)
         if half:
             self._half().save(directory)
             return
@@ -267,6 +287,18 @@ class CodecComponents:
         )
         index = replace(self.config, model_id=model_id).to_json()
         (directory / INDEX_NAME).write_text(index, encoding="utf-8")
+
+    def _refuse_leftovers(self, directory: Path) -> None:
+        sd3 = isinstance(self.tokenizer.autoencoder, StableDiffusionAutoencoder)
+        foreign = {"autoencoder" if sd3 else "vae"}
+        if not self.text_conditioner.has_t5:
+            foreign |= {"text_encoder_3", "tokenizer_3"}
+        left = sorted(name for name in foreign if (directory / name).exists())
+        if left:
+            raise ValueError(
+                f"{directory} holds {', '.join(left)} of another model, which would be loaded "
+                "with this one: choose an empty directory"
+            )
 
     def _half(self) -> CodecComponents:
         """A copy with float16 weights."""

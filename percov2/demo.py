@@ -15,7 +15,9 @@ import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 
 import percov2
+from percov2.files import atomic_path
 from percov2.images import write_png
+from percov2.inspection import GENERATED_NOTE, png_metadata
 from percov2.model_store import preset_names
 
 PHOTOGRAPHS = {
@@ -56,16 +58,18 @@ def run(output: Path) -> Path:
             started = time.perf_counter()
             data = codec.compress(original, caption=caption)
             encoded = time.perf_counter()
-            (output / f"{name}.{model}.pcv2").write_bytes(data)
+            with atomic_path(output / f"{name}.{model}.pcv2") as temporary:
+                temporary.write_bytes(data)
             restored = codec.decompress(data)
             seconds = f"{encoded - started:.1f} s + {time.perf_counter() - encoded:.1f} s"
-            write_png(output / f"{name}.{model}.png", restored, {"Software": "percov2 demo"})
-            bpp = percov2.info(data)["bpp"]
+            description = percov2.info(data)
+            write_png(output / f"{name}.{model}.png", restored, png_metadata(description))
+            bpp = description["bpp"]
             print(f"{name}: {model}, {len(data)} bytes, {bpp:.4f} bpp, {seconds}")
             row.append((restored, f"{model}: {len(data)} bytes, {bpp:.4f} bpp"))
         rows.append(row)
     sheet = output / "contact-sheet.png"
-    write_png(sheet, contact_sheet(rows), {"Software": "percov2 demo"})
+    write_png(sheet, contact_sheet(rows), {"Comment": GENERATED_NOTE})
     print(f"contact sheet: {sheet}")
     return sheet
 

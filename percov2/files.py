@@ -44,10 +44,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The pictures in `folder` and below, sorted by path, without hidden files and folders.
+    """The pictures in `folder` and below: files whose suffix is in `IMAGE_SUFFIXES`.
 
-    A picture is a file whose suffix, in any case, is in `IMAGE_SUFFIXES`. Symbolic links to
-    folders are not followed.
+    See `list_files`.
+    """
+    return list_files(folder, IMAGE_SUFFIXES)
+
+
+def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """The files in `folder` and below, sorted by path, without hidden files and folders.
+
+    Only suffixes, in any case, of the given set (lower case). Symbolic links to folders are not
+    followed.
 
     Raises:
         ValueError: `folder` is not a folder.
@@ -61,7 +69,7 @@ def list_images(folder: Path) -> list[Path]:
         found += [
             Path(parent, name)
             for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes
         ]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 

@@ -6,11 +6,25 @@ from typing import Any
 
 from percov2.bitstream import Stream
 from percov2.entropy.caption_coder import decode_caption
-from percov2.model_store import ModelSummary, find_preset, resolve_model
+from percov2.model_store import find_preset, resolve_summary
 
 GENERATED_NOTE = (
     "Detail is generated: texture, text and faces may differ from the original photograph."
 )
+
+
+def png_metadata(description: dict[str, Any]) -> dict[str, str]:
+    """Text chunks of a reconstruction's PNG, from what `info` returns."""
+    metadata = {
+        "Comment": GENERATED_NOTE,
+        "percov2:model": description["model"],
+        "percov2:bytes": str(description["bytes"]["total"]),
+        "percov2:bpp": f"{description['bpp']:.6f}",
+    }
+    if description["caption"]:
+        # PNG ends a text at NUL.
+        metadata["Description"] = description["caption"].replace("\0", "\\0")
+    return metadata
 
 
 def info(data: bytes, *, model: str | None = None) -> dict[str, Any]:
@@ -31,9 +45,7 @@ def info(data: bytes, *, model: str | None = None) -> dict[str, Any]:
         ValueError: a model that cannot be found.
     """
     stream = Stream.from_bytes(data)
-    summary = (
-        find_preset(stream.model_id) if model is None else ModelSummary.read(resolve_model(model))
-    )
+    summary = find_preset(stream.model_id) if model is None else resolve_summary(model)
     known = summary is not None and summary.model_id == stream.model_id
     return {
         "width": stream.width,

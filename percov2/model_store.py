@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from percov2.bitstream import BitstreamError
-from percov2.entropy.schedules import make_schedule, num_groups
+from percov2.entropy.schedules import SCHEDULES, make_schedule, num_groups
 
 PRESETS_DIRECTORY = Path(__file__).parent / "presets"
 INDEX_NAME = "model_index.json"
 PATCH = 8
-"""Pixels per latent along an axis."""
+"""Pixels per latent along an axis; the same for SD3's and for the light autoencoder."""
 FLOW_PATCH = 2
 """Latents per patch of the flow transformer along an axis."""
 
@@ -50,12 +50,18 @@ class ModelSummary:
             )
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
+            summary = cls(
                 directory=directory,
                 **{k: index[k] for k in ("name", "model_id", "schedule", "latents_per_token")},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a percov2 model index: {error!r}") from error
+        if summary.schedule not in SCHEDULES or summary.latents_per_token not in (1, 2, 4, 8):
+            raise ValueError(
+                f"{path} names schedule {summary.schedule!r} and {summary.latents_per_token!r} "
+                "latents per token, which this version of percov2 does not know"
+            )
+        return summary
 
     @property
     def multiple(self) -> int:
@@ -110,8 +116,21 @@ def resolve_model(model: str) -> Path:
     """Preset name, directory or hub id to a local directory; the hub is asked last.
 
     Raises:
+        ValueError: none of the three, or a repository of the hub that is no percov2 model.
+    """
+    return _local_directory(model) or _fetch(model, index_only=False)
+
+
+def resolve_summary(model: str) -> ModelSummary:
+    """What `model_index.json` says of a preset, a directory or a hub id; fetches no weights.
+
+    Raises:
         ValueError: none of the three.
     """
+    return ModelSummary.read(_local_directory(model) or _fetch(model, index_only=True))
+
+
+def _local_directory(model: str) -> Path | None:
     if model in preset_names():
         return PRESETS_DIRECTORY / model
     path = Path(model)
@@ -122,10 +141,19 @@ def resolve_model(model: str) -> Path:
             f"model {model!r} is neither a preset ({', '.join(preset_names())}), nor a directory, "
             "nor a hub id (owner/name)"
         )
-    from huggingface_hub import snapshot_download
+    return None
+
+
+def _fetch(model: str, *, index_only: bool) -> Path:
+    """Bring a repository of the hub here; its index first, which says whether it is ours."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        directory = Path(hf_hub_download(model, INDEX_NAME)).parent
+        ModelSummary.read(directory)
+        if index_only:
+            return directory
         return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -26,7 +26,7 @@ def _restore_torch_state() -> Iterator[None]:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a complete tiny random model (quincunx, source = prediction + noise)."""
     directory = tmp_path_factory.mktemp("tiny-model")
-    save_tiny(directory)
+    save_tiny(directory, from_prediction=True)
     return directory
 
 

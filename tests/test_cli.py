@@ -202,3 +202,60 @@ def test_output_permissions_are_those_of_any_new_file(stream: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert stream.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_caption_with_nul_survives_in_the_stream_and_is_escaped_in_the_png(
+    picture: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    stream, out, model = tmp_path / "n.pcv2", tmp_path / "n.png", ["--model", str(tiny_model)]
+    assert main(["compress", str(picture), str(stream), "--caption", "a\0b", *model]) == 0
+    assert percov2.info(stream.read_bytes())["caption"] == "a\0b"
+    assert main(["decompress", str(stream), str(out), "--steps", "1", *model]) == 0
+    with Image.open(out) as image:
+        assert image.text["Description"] == "a\\0b"
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("folder", "file.txt", "OUT"),
+        ("folder", "folder", "same folder"),
+        ("photo.png", "folder", "is a folder"),
+    ],
+)
+def test_folders_and_files_are_not_mixed(
+    source: str,
+    target: str,
+    expected: str,
+    picture: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "folder").mkdir()
+    if source == "folder":
+        picture.rename(tmp_path / "folder" / "p.png")
+    (tmp_path / "file.txt").write_text("mine")
+    paths = [str(tmp_path / source), str(tmp_path / target)]
+    assert main(["compress", *paths, "--model", str(tiny_model)]) == 2
+    assert expected in _one_line(capsys)
+    assert (tmp_path / "file.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", [["--seed", str(2**64)], ["--steps", "0"], ["--guidance", "-1"]])
+def test_sampling_options_are_checked_once_for_a_whole_folder(
+    option: list[str], stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["decompress", str(tmp_path), str(tmp_path / "out"), *option]) == 2
+    assert "it must be" in _one_line(capsys)
+
+
+def test_what_torch_raises_is_one_line_too(
+    stream: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    command = ["decompress", str(stream), str(tmp_path / "o.png"), "--model", str(tiny_model)]
+    assert main([*command, "--device", "meta"]) == 2
+    _one_line(capsys)
+    assert not (tmp_path / "o.png").exists()

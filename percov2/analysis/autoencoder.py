@@ -7,7 +7,7 @@ Images are float tensors in [-1, 1], channels R, G, B (sRGB).
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
@@ -15,26 +15,24 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from percov2.layers import ResidualBlock, zeroed
-
-PATCH = 8
-"""Pixels per latent, along rows and along columns, of SD3's and of the light autoencoder."""
+from percov2.model_store import PATCH
 
 
-class Autoencoder(Protocol):
+class Autoencoder(nn.Module, ABC):
     """What the codec and the training stages need of an autoencoder."""
 
     @property
+    @abstractmethod
     def latent_channels(self) -> int:
         """Channels of the latents (16 for SD3)."""
-        ...
 
+    @abstractmethod
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8); repeatable."""
-        ...
 
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to image (B, 3, 8 h, 8 w), about [-1, 1], not clamped."""
-        ...
 
 
 def _check_image(image: Tensor) -> None:
@@ -45,7 +43,7 @@ def _check_image(image: Tensor) -> None:
         )
 
 
-class StableDiffusionAutoencoder(nn.Module):
+class StableDiffusionAutoencoder(Autoencoder):
     """SD3's ``AutoencoderKL`` behind the codec's interface.
 
     Latents are ``(z - shift_factor) * scaling_factor`` with ``z`` the *mode* of the encoder's
@@ -97,7 +95,7 @@ def _residual_net(channels_in: int, width: int, blocks: int, channels_out: int) 
     )
 
 
-class PatchAutoencoder(ModelMixin, ConfigMixin):
+class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
     """Principal components of 8x8x3 patches plus a learned residual on both sides.
 
     The linear part alone, 16 components, gives 28.8 dB on Kodak; the residual networks start at

@@ -260,7 +260,7 @@ def _load_published_code(model: str, dtype: torch.dtype | None) -> tuple[Any, An
 
 def _not_loaded(model: str, error: OSError | ValueError) -> ValueError:
     """Keep the first line of transformers' message; the rest lists all it knows."""
-    reason = str(error).strip().splitlines()[0]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ValueError(f"cannot load captioner {model}: {reason} ({REMEDY})")
 
 

@@ -148,7 +148,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         self.head = nn.Linear(dim, codebook_size)
 
     @torch.no_grad()
-    def init_from_codebook(self, codebook: Tensor) -> None:
+    def init_from_codebook(self, codebook: Tensor, *, seed: int) -> None:
         """Start with embeddings and logits that are alike for codes that are alike.
 
         Without this the model must learn from the data alone which of V codes resemble each
@@ -156,9 +156,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
 
         Args:
             codebook: (V, code dimension), rows of unit length.
+            seed: of the projection; the same on every process.
         """
-        projection = torch.randn(codebook.shape[1], self.config.dim, device=codebook.device)
-        embedding = codebook @ projection
+        generator = torch.Generator().manual_seed(seed)
+        projection = torch.randn(codebook.shape[1], self.config.dim, generator=generator)
+        embedding = codebook @ projection.to(codebook)
         self.token_embedding.weight.copy_(embedding)
         self.head.weight.copy_(embedding / self.config.dim)
 

@@ -56,10 +56,6 @@ class Flow:
         """The training target dx_t/dt = x_1 - x_0."""
         return x_1 - x_0
 
-    def velocity_to_data(self, x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-        """The x_0 that a velocity at time t (B,) points to."""
-        return x_t - t.view(-1, *[1] * (x_t.ndim - 1)) * velocity
-
     def shift_time(self, t: Tensor) -> Tensor:
         """Unshifted time in [0, 1] to shifted time; 0 and 1 stay."""
         return self.shift * t / (1 + (self.shift - 1) * t)

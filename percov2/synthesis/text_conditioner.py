@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
@@ -387,7 +388,7 @@ def _read_config(path: Path) -> tuple[int, int]:
 def _load(component: Any, source: str, folder: str, **options: Any) -> Any:
     try:
         return component.from_pretrained(source, subfolder=folder, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"cannot load {folder} of {source}: {reason} "

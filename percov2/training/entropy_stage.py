@@ -82,6 +82,7 @@ class EntropyStage(L.LightningModule):
         self.masked_optimization = masked_optimization
         self.tokenizer_steps, self.masked_steps_from = tokenizer_steps, masked_steps_from
         self.commitment_weight, self.random_mask_share = commitment_weight, random_mask_share
+        self._masked_started = False
 
     def on_fit_start(self) -> None:
         """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
@@ -109,8 +110,10 @@ class EntropyStage(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Let the masked transformer start from the codebook that it finds."""
-        if self.global_step == self.masked_steps_from:
-            self.masked_transformer.init_from_codebook(self.quantizer.codebook)
+        # Not at every batch of the step: gradients may be accumulated over several.
+        if self.global_step == self.masked_steps_from and not self._masked_started:
+            self.masked_transformer.init_from_codebook(self.quantizer.codebook, seed=self.seed)
+            self._masked_started = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the phase or phases that this step belongs to."""

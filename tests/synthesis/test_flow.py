@@ -50,14 +50,6 @@ def test_velocity_is_the_path_s_derivative() -> None:
     torch.testing.assert_close(flow.velocity(x_0, x_1), derivative, rtol=0, atol=1e-14)
 
 
-def test_velocity_to_data_inverts_the_path() -> None:
-    flow, x_0, x_1 = noise_flow(), double(*SHAPE), double(*SHAPE, seed=1)
-    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
-    x_t = flow.interpolate(x_0, x_1, t)
-    recovered = flow.velocity_to_data(x_t, flow.velocity(x_0, x_1), t)
-    torch.testing.assert_close(recovered, x_0, rtol=0, atol=1e-14)
-
-
 def test_source_is_noise_or_noisy_prediction() -> None:
     prediction, noise = double(*SHAPE), double(*SHAPE, seed=1)
     assert torch.equal(noise_flow().source(prediction, noise), noise)
