@@ -8,6 +8,7 @@ Images are float tensors in [-1, 1], channels R, G, B (sRGB).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
@@ -110,6 +111,11 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         encoder_blocks: residual blocks before the latents.
         decoder_blocks: residual blocks after the latents.
     """
+
+    config: Any
+    mean: Tensor
+    components: Tensor
+    scale: Tensor
 
     @register_to_config
     def __init__(
