@@ -44,6 +44,7 @@ from percov2.entropy.caption_coder import decode_caption, encode_caption
 from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.images import check_size, read_image, to_srgb
 from percov2.model_store import ModelSummary, resolve_model
+from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
 from percov2.synthesis.sampler import Velocity, guided, sample, tiled
 
@@ -263,7 +264,7 @@ class Codec:
             text = encoder(["", caption])
         with self._in_use(self.components.transformer) as transformer:
             unconditional, conditional = (
-                _velocity(transformer, text.embeddings[i : i + 1], text.pooled[i : i + 1])
+                _velocity(flow, transformer, text.embeddings[i : i + 1], text.pooled[i : i + 1])
                 for i in range(2)
             )
             velocity = tiled(guided(conditional, unconditional, guidance), self.config.tiling)
@@ -282,19 +283,13 @@ class Codec:
             module.to("cpu")
 
 
-def _velocity(transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:
-    """The network's velocity under one caption, in its own precision; float32 outside."""
+def _velocity(flow: Flow, transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:
+    """The network's velocity under one caption, text (1, L, D) and pooled (1, P)."""
 
     def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
-        dtype, batch = transformer.dtype, len(x_t)
-        return predict_velocity(
-            transformer,
-            x_t.to(dtype),
-            condition.to(dtype),
-            t,  # float32: in half precision 1000 t would be off by several steps
-            text.expand(batch, -1, -1),
-            pooled.expand(batch, -1),
-        ).float()
+        batch = len(x_t)
+        captions = text.expand(batch, -1, -1), pooled.expand(batch, -1)
+        return predict_velocity(flow, transformer, x_t, condition, t, *captions)
 
     return velocity
 

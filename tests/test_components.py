@@ -100,6 +100,7 @@ def outputs(components: CodecComponents) -> list[Tensor]:
     logits = parts.masked_transformer(quantized.tokens, known, ~known)
     text = components.text_conditioner(["a dog runs"])
     velocity = predict_velocity(
+        components.config.flow,
         components.transformer,
         latents,
         condition,

@@ -3,6 +3,10 @@
 Time t runs from 0 (data) to 1 (source), as in Stable Diffusion 3 (Esser et al. 2024):
 ``x_t = (1 - t) x_0 + t x_1``, velocity ``dx/dt = x_1 - x_0``. SD3's source is plain noise,
 ``x_1 = eps``; a flow that starts from a reconstruction has ``x_1 = prediction + sigma eps``.
+
+What the network puts out goes with the source. From noise it is the velocity, as in SD3. From a
+prediction it is the residual ``x_0 - prediction``: the velocity follows from it, a network that
+puts out zero already paints the prediction, and none of its capacity goes into copying noise.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ class Flow:
     Attributes:
         shift: resolution shift s >= 1 of the sampling grid and of training times, SD3 uses 3.0:
             t -> s t / (1 + (s - 1) t).
-        from_prediction: start from the latent decoder's prediction plus noise, not from noise.
+        from_prediction: start from the latent decoder's prediction plus noise, not from noise;
+            the network then puts out the residual, not the velocity.
         sigma: standard deviation of the source's noise, > 0; must be 1 for a source of noise.
         logit_mean: mean of logit(t) in training, before the shift (0 in SD3).
         logit_std: standard deviation of logit(t) in training (1 in SD3).
@@ -52,13 +57,22 @@ class Flow:
         t = t.view(-1, *[1] * (x_0.ndim - 1))
         return (1 - t) * x_0 + t * x_1
 
-    def velocity(self, x_0: Tensor, x_1: Tensor) -> Tensor:
-        """The training target dx_t/dt = x_1 - x_0."""
-        return x_1 - x_0
+    def target(self, x_0: Tensor, x_1: Tensor, prediction: Tensor) -> Tensor:
+        """What the network should put out: velocity x_1 - x_0, or residual x_0 - prediction."""
+        return x_0 - prediction if self.from_prediction else x_1 - x_0
+
+    def output_to_velocity(
+        self, output: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor
+    ) -> Tensor:
+        """Velocity dx_t/dt from the network's output at times t (B,) in (0, 1]."""
+        if not self.from_prediction:
+            return output
+        return (x_t - prediction - output) / t.view(-1, *[1] * (x_t.ndim - 1))
 
     def shift_time(self, t: Tensor) -> Tensor:
         """Unshifted time in [0, 1] to shifted time; 0 and 1 stay."""
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        # Written so that t = 1 stays exactly 1 in floating point, whatever the shift.
+        return self.shift * t / ((1 - t) + self.shift * t)
 
     def normal_to_time(self, normal: Tensor) -> Tensor:
         """Standard normal numbers to training times in (0, 1): logit-normal, then shifted."""

@@ -10,7 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-from percov2.synthesis.flow import NUM_TRAIN_TIMESTEPS
+from percov2.synthesis.flow import NUM_TRAIN_TIMESTEPS, Flow
 
 
 def extend_patch_embedding(
@@ -51,7 +51,7 @@ def extend_patch_embedding(
     return extended.train(transformer.training)
 
 
-def predict_velocity(
+def predict(
     transformer: SD3Transformer2DModel,
     x_t: Tensor,
     condition: Tensor,
@@ -59,15 +59,41 @@ def predict_velocity(
     text: Tensor,
     pooled_text: Tensor,
 ) -> Tensor:
-    """Velocity (B, C, h, w) from x_t (B, C, h, w), condition (B, K, h, w) and times t (B,).
+    """The network's output (B, C, h, w), float32, computed in the network's own precision.
 
-    ``text`` is (B, L, D), ``pooled_text`` (B, P). Times are in [0, 1], 1 is the source.
+    Args:
+        transformer: extended by K channels.
+        x_t: (B, C, h, w).
+        condition: (B, K, h, w).
+        t: (B,) times in [0, 1], 1 is the source.
+        text: (B, L, D).
+        pooled_text: (B, P).
     """
-    velocity: Tensor = transformer(
-        hidden_states=torch.cat([x_t, condition], dim=1),
+    output: Tensor = transformer(
+        hidden_states=torch.cat([x_t, condition], dim=1).to(transformer.dtype),
         encoder_hidden_states=text,
         pooled_projections=pooled_text,
-        timestep=t * NUM_TRAIN_TIMESTEPS,
+        # In float32: in half precision 1000 t would be off by several steps.
+        timestep=t.float() * NUM_TRAIN_TIMESTEPS,
         return_dict=False,
     )[0]
-    return velocity
+    return output.float()
+
+
+def predict_velocity(
+    flow: Flow,
+    transformer: SD3Transformer2DModel,
+    x_t: Tensor,
+    condition: Tensor,
+    t: Tensor,
+    text: Tensor,
+    pooled_text: Tensor,
+) -> Tensor:
+    """Velocity (B, C, h, w) of the flow; arguments as of `predict`, t > 0.
+
+    The predicted latents are the last C channels of the condition
+    (`percov2.synthesis.latent_decoder.LatentDecoder.condition`).
+    """
+    output = predict(transformer, x_t, condition, t, text, pooled_text)
+    prediction = condition[:, condition.shape[1] - x_t.shape[1] :]
+    return flow.output_to_velocity(output, x_t, prediction, t)

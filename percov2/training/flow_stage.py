@@ -15,7 +15,7 @@ from percov2.data.laion import Batch
 from percov2.entropy.masked_transformer import draw_training_masks, masked_cross_entropy
 from percov2.entropy.schedules import make_schedule
 from percov2.synthesis.flow import Flow
-from percov2.synthesis.flow_transformer import predict_velocity
+from percov2.synthesis.flow_transformer import predict, predict_velocity
 from percov2.synthesis.sampler import Tiling, sample
 from percov2.training.autoencoder_stage import psnr
 from percov2.training.flow_start import FlowStart
@@ -111,7 +111,7 @@ class FlowStage(L.LightningModule):
     def _flow_loss(
         self, latents: Tensor, condition: Tensor, prediction: Tensor, batch: Batch, *, step: int
     ) -> Tensor:
-        """Mean squared error of the velocity."""
+        """Mean squared error of the network's output (velocity or residual)."""
         draws = sample_generators(self.seed, step, batch["key"])
         normal = torch.stack([torch.randn((), generator=g) for g in draws]).to(latents)
         dropped = [bool(torch.rand((), generator=g) < self.caption_dropout) for g in draws]
@@ -121,10 +121,8 @@ class FlowStage(L.LightningModule):
         x_1 = self.flow.source(prediction, noise.to(latents))
         x_t = self.flow.interpolate(latents, x_1, t)
         text = self.text_conditioner(captions)
-        velocity = predict_velocity(
-            self.transformer, x_t, condition, t, text.embeddings, text.pooled
-        )
-        return F.mse_loss(velocity, self.flow.velocity(latents, x_1))
+        output = predict(self.transformer, x_t, condition, t, text.embeddings, text.pooled)
+        return F.mse_loss(output, self.flow.target(latents, x_1, prediction))
 
     def _masked_loss(self, tokens: Tensor, keys: list[str]) -> Tensor:
         """Bits per token of the masked transformer on the present, detached tokens."""
@@ -161,9 +159,8 @@ class FlowStage(L.LightningModule):
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.seed))
 
         def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
-            return predict_velocity(
-                self.transformer, x_t, condition, t, text.embeddings, text.pooled
-            )
+            captions = text.embeddings, text.pooled
+            return predict_velocity(self.flow, self.transformer, x_t, condition, t, *captions)
 
         x_1 = self.flow.source(prediction, noise.to(latents))
         painted = sample(self.flow, velocity, condition, x_1, steps=self.validation_steps)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import SD3Transformer2DModel
 
 from percov2.components import CodecComponents
@@ -82,6 +83,9 @@ class FromScratch(FlowStart):
             pos_embed_max_size=self.max_patches,
             qk_norm="rms_norm",
         )
+        # Nothing is known yet: a flow from the prediction then begins by painting the prediction.
+        torch.nn.init.zeros_(transformer.proj_out.weight)
+        torch.nn.init.zeros_(transformer.proj_out.bias)
         return extend_patch_embedding(transformer, condition_channels), text
 
 

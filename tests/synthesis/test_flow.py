@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from percov2.synthesis.flow import NUM_TRAIN_TIMESTEPS, Flow
+from percov2.synthesis.sampler import sample
 
 SHAPE = (3, 2, 4, 6)
 
@@ -47,7 +48,32 @@ def test_velocity_is_the_path_s_derivative() -> None:
     _, derivative = torch.func.jvp(
         lambda time: flow.interpolate(x_0, x_1, time), (t,), (torch.ones_like(t),)
     )
-    torch.testing.assert_close(flow.velocity(x_0, x_1), derivative, rtol=0, atol=1e-14)
+    target = flow.target(x_0, x_1, prediction=double(*SHAPE, seed=2))
+    torch.testing.assert_close(target, derivative, rtol=0, atol=1e-14)
+    assert flow.output_to_velocity(target, x_0, x_0, t) is target
+
+
+def test_residual_output_gives_the_path_s_derivative_too() -> None:
+    flow = Flow(shift=1.0, from_prediction=True, sigma=0.5)
+    x_0, prediction, noise = (double(*SHAPE, seed=seed) for seed in range(3))
+    x_1 = flow.source(prediction, noise)
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    x_t = flow.interpolate(x_0, x_1, t)
+    output = flow.target(x_0, x_1, prediction)
+    torch.testing.assert_close(output, x_0 - prediction)
+    velocity = flow.output_to_velocity(output, x_t, prediction, t)
+    torch.testing.assert_close(velocity, x_1 - x_0, rtol=0, atol=1e-12)
+
+
+def test_a_residual_of_zero_flows_to_the_prediction() -> None:
+    flow = Flow(shift=1.0, from_prediction=True, sigma=0.5)
+    prediction, noise = double(*SHAPE), double(*SHAPE, seed=1)
+
+    def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
+        return flow.output_to_velocity(torch.zeros_like(x_t), x_t, prediction, t)
+
+    found = sample(flow, velocity, prediction, flow.source(prediction, noise), steps=5)
+    torch.testing.assert_close(found, prediction, rtol=0, atol=1e-12)
 
 
 def test_source_is_noise_or_noisy_prediction() -> None:

@@ -12,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from percov2.synthesis.flow import NUM_TRAIN_TIMESTEPS
-from percov2.synthesis.flow_transformer import extend_patch_embedding, predict_velocity
+from percov2.synthesis.flow_transformer import extend_patch_embedding, predict
 
 CHANNELS, CONDITION_CHANNELS, TEXT_DIM, POOLED_DIM = 4, 6, 24, 20
 NEW_WEIGHT = "pos_embed.proj.weight"
@@ -84,9 +84,7 @@ def velocity(
     transformer: SD3Transformer2DModel, inputs: Inputs, condition: Tensor | None = None
 ) -> Tensor:
     condition = inputs.condition if condition is None else condition
-    return predict_velocity(
-        transformer, inputs.x_t, condition, inputs.t, inputs.text, inputs.pooled
-    )
+    return predict(transformer, inputs.x_t, condition, inputs.t, inputs.text, inputs.pooled)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -51,7 +51,7 @@ class Recorder:
 @pytest.mark.parametrize("steps", [1, 7])
 def test_constant_velocity_is_followed_exactly(flow: Flow, steps: int) -> None:
     data, source = normal(2, 3, 4, 4, dtype=torch.float64), normal(2, 3, 4, 4, seed=1).double()
-    straight = flow.velocity(data, source)
+    straight = flow.target(data, source, prediction=data)
     found = sample(flow, lambda x_t, c, t: straight, data, source, steps=steps)
     torch.testing.assert_close(found, data, rtol=0, atol=1e-14)
 
