@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--captions", type=Path, help="JSON: picture's stem to caption")
-    parser.add_argument("--model", nargs="+", default=["tiny", "tiny-low"])
+    parser.add_argument("--model", nargs="+", default=["tiny"])
     parser.add_argument("--steps", type=int, help="sampling steps (default: the model's)")
     parser.add_argument("--output", type=Path, default=Path("runs/kodak"))
     args = parser.parse_args()

@@ -105,7 +105,7 @@ class Codec:
         """Load a model.
 
         Args:
-            model: preset (``tiny``, ``tiny-low``), model directory, or hub id.
+            model: preset (``tiny``), model directory, or hub id.
             device: ``cpu``, ``cuda``, ``cuda:1``, ...
             dtype: of the flow transformer and the text encoders: ``float32``, ``bfloat16`` or
                 ``float16``. What enters the stream is computed in float32 regardless.

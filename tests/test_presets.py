@@ -14,7 +14,7 @@ from percov2.cli import main
 from percov2.demo import contact_sheet
 from percov2.model_store import PRESETS_DIRECTORY, ModelSummary, preset_names
 
-PRESETS = ("tiny", "tiny-low")
+PRESETS = ("tiny",)
 MAX_PRESET_BYTES = 25e6
 
 
@@ -29,11 +29,6 @@ def test_the_presets_are_there_with_their_cards() -> None:
         assert sum(p.stat().st_size for p in folder.rglob("*")) < MAX_PRESET_BYTES
 
 
-def test_presets_have_different_ids() -> None:
-    ids = {ModelSummary.read(PRESETS_DIRECTORY / name).model_id for name in PRESETS}
-    assert len(ids) == len(PRESETS)
-
-
 def test_presets_hold_weights_as_safetensors_only() -> None:
     suffixes = {p.suffix for p in PRESETS_DIRECTORY.rglob("*") if p.is_file()}
     assert suffixes <= {".json", ".safetensors", ".txt", ".md"}
@@ -44,7 +39,7 @@ def _psnr(a: Image.Image, b: Image.Image) -> float:
     return float(10 * np.log10(255**2 / np.square(difference).mean()))
 
 
-@pytest.mark.parametrize(("model", "most_bpp"), [("tiny", 0.04), ("tiny-low", 0.016)])
+@pytest.mark.parametrize(("model", "most_bpp"), [("tiny", 0.04)])
 def test_a_preset_shows_the_picture_at_its_rate(
     model: str, most_bpp: float, tmp_path: Path
 ) -> None:
@@ -66,11 +61,11 @@ def test_command_line_finds_the_preset_of_a_stream(tmp_path: Path) -> None:
     picture = tmp_path / "cat.png"
     Image.fromarray(skimage.data.chelsea()).resize((150, 100)).save(picture)
     stream, out = tmp_path / "cat.pcv2", tmp_path / "out.png"
-    assert main(["compress", str(picture), str(stream), "--model", "tiny-low"]) == 0
+    assert main(["compress", str(picture), str(stream), "--model", "tiny"]) == 0
     assert main(["decompress", str(stream), str(out), "--steps", "1"]) == 0
     with Image.open(out) as image:
         assert image.size == (150, 100)
-        assert image.text["percov2:model"] == "tiny-low"
+        assert image.text["percov2:model"] == "tiny"
 
 
 def test_contact_sheet_holds_every_picture_unscaled() -> None:
@@ -83,7 +78,7 @@ def test_contact_sheet_holds_every_picture_unscaled() -> None:
 
 @pytest.mark.slow
 def test_the_largest_picture_round_trips() -> None:
-    codec = percov2.load("tiny-low")
+    codec = percov2.load("tiny")
     original = Image.fromarray(skimage.data.astronaut()).resize((4096, 4096))
     data = codec.compress(original)
     assert np.array_equal(codec.decode_tokens(data), codec.encode_tokens(original))
