@@ -124,6 +124,7 @@ class TokenizerComponents:
         self.quantizer.save_pretrained(directory / "quantizer")
         self.latent_decoder.save_pretrained(directory / "latent_decoder")
         self.masked_transformer.save_pretrained(directory / "masked_transformer")
+        _forget_paths(directory)
 
     @classmethod
     def load(cls, directory: Path) -> TokenizerComponents:
@@ -186,6 +187,14 @@ def load_component(
         )
     loaded: M = model.eval()
     return loaded
+
+
+def _forget_paths(directory: Path) -> None:
+    """Take out of the written configurations where on this machine the weights came from."""
+    for path in directory.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_autoencoder(autoencoder: Autoencoder, directory: Path) -> None:
@@ -280,6 +289,7 @@ class CodecComponents:
         self.tokenizer.save(directory)
         self.transformer.save_pretrained(directory / "transformer")
         self.text_conditioner.save_pretrained(directory)
+        _forget_paths(directory)
         model_id = compute_model_id(
             self.tokenizer.masked_transformer,
             self.tokenizer.quantizer.codebook,

@@ -46,6 +46,8 @@ class EntropyStage(L.LightningModule):
         masked_optimization: of the masked transformer.
         tokenizer_steps: see above.
         masked_steps_from: see above.
+        pixel_weight: of the squared error of the decoded prediction, beside that of the latents;
+            0 spares the autoencoder's decoder.
         commitment_weight: of the quantiser's commitment loss; 0 is PerCo's choice.
         random_mask_share: share of samples with random instead of scheduled masks, in [0, 1].
         seed: of the masks.
@@ -64,6 +66,7 @@ class EntropyStage(L.LightningModule):
         masked_optimization: Optimization,
         tokenizer_steps: int,
         masked_steps_from: int,
+        pixel_weight: float,
         commitment_weight: float,
         random_mask_share: float = 0.1,
         seed: int = 0,
@@ -81,20 +84,26 @@ class EntropyStage(L.LightningModule):
         self.tokenizer_optimization = tokenizer_optimization
         self.masked_optimization = masked_optimization
         self.tokenizer_steps, self.masked_steps_from = tokenizer_steps, masked_steps_from
-        self.commitment_weight, self.random_mask_share = commitment_weight, random_mask_share
+        self.pixel_weight, self.commitment_weight = pixel_weight, commitment_weight
+        self.random_mask_share = random_mask_share
         self._masked_started = False
 
     def on_fit_start(self) -> None:
         """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
         self.to(memory_format=torch.channels_last)
 
-    def _tokenizer_loss(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokenizer_loss(self, image: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction + commitment, and the tokens (B, r, c)."""
         quantized = self.quantizer(self.hyper_encoder(latents))
-        reconstruction = F.mse_loss(self.latent_decoder(quantized.features), latents)
-        self.log("train/latent_mse", reconstruction, prog_bar=True)
+        prediction = self.latent_decoder(quantized.features)
+        loss = F.mse_loss(prediction, latents)
+        self.log("train/latent_mse", loss, prog_bar=True)
+        if self.pixel_weight:
+            pixel_error = F.mse_loss(self.autoencoder.decode(prediction), image)
+            self.log("train/pixel_mse", pixel_error, prog_bar=True)
+            loss = loss + self.pixel_weight * pixel_error
         self.log("train/commitment", quantized.commitment_loss)
-        loss = reconstruction + self.commitment_weight * quantized.commitment_loss
+        loss = loss + self.commitment_weight * quantized.commitment_loss
         return loss, quantized.tokens
 
     def _masked_loss(self, tokens: Tensor, keys: list[str], *, step: int) -> Tensor:
@@ -121,7 +130,7 @@ class EntropyStage(L.LightningModule):
         with torch.no_grad():
             latents = self.autoencoder.encode(batch["image"])
         if tokenizing:
-            loss, tokens = self._tokenizer_loss(latents)
+            loss, tokens = self._tokenizer_loss(batch["image"], latents)
         else:
             tokens = self._frozen_tokens(latents)
             loss = latents.new_zeros(())

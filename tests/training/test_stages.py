@@ -65,6 +65,7 @@ def entropy_stage(directory: Path, *, tokenizer_steps: int, masked_from: int) ->
         masked_optimization=FAST,
         tokenizer_steps=tokenizer_steps,
         masked_steps_from=masked_from,
+        pixel_weight=1.0,
         commitment_weight=0.25,
     ).train()
 
@@ -116,6 +117,24 @@ def test_commitment_alone_reaches_the_hyper_encoder(batch: Batch, tmp_path: Path
     stage.quantizer(stage.hyper_encoder(latents)).commitment_loss.backward()
     assert _without_gradient(stage.hyper_encoder) == []
     assert all(p.grad is None for p in stage.latent_decoder.parameters())
+
+
+def test_the_pixel_error_reaches_the_tokenizer_through_the_frozen_decoder(
+    batch: Batch, tmp_path: Path
+) -> None:
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=10)
+    latents = stage.autoencoder.encode(batch["image"]).detach()
+    stage.quantizer.eval()
+    stage.pixel_weight = 0.0
+    without, _ = stage._tokenizer_loss(batch["image"], latents)
+    stage.pixel_weight = 3.0
+    with_pixels, _ = stage._tokenizer_loss(batch["image"], latents)
+    prediction = stage.latent_decoder(stage.quantizer(stage.hyper_encoder(latents)).features)
+    error = (stage.autoencoder.decode(prediction) - batch["image"]).square().mean()
+    assert float(with_pixels - without) == pytest.approx(3 * float(error), rel=1e-4)
+    (with_pixels - without).backward()
+    assert any(p.grad.abs().sum() > 0 for p in stage.hyper_encoder.parameters())
+    assert all(p.grad is None for p in stage.autoencoder.parameters())
 
 
 def test_entropy_stage_then_trains_the_masked_transformer_alone(
