@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-from torch.utils.data import DataLoader, Dataset
-
-from percov2.data.laion import Batch
+from percov2.data.filters import NO_FILTERS, Filters
+from percov2.data.module import FileDataModule
+from percov2.data.samples import PictureDecoder, RawSample, make_captions
 from percov2.data.transforms import CropTransform
 from percov2.files import list_images
-from percov2.images import read_image
 
 
-class FolderDataset(Dataset[dict[str, Any]]):
-    """Pictures of a folder, sorted by name, as samples.
+class FolderRecords:
+    """Pictures of a folder, sorted by path, as raw samples.
+
+    A record's key is the path without suffix; its caption is "" where there is no `.txt`.
 
     Raises:
-        ValueError: no picture in the folder.
+        ValueError: no folder, or no picture in it.
     """
 
-    def __init__(self, folder: Path, transform: CropTransform) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.paths = list_images(folder)
         if not self.paths:
             raise ValueError(f"{folder} holds no picture")
-        self.folder, self.transform = folder, transform
 
     def __len__(self) -> int:
         """Number of pictures."""
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Image (3, size, size), caption ("" without a `.txt`) and key of one picture."""
+    def __getitem__(self, index: int) -> RawSample:
+        """Bytes of one picture and of its caption."""
         path = self.paths[index]
-        image, _ = read_image(path)
         text = path.with_suffix(".txt")
         return {
-            "image": self.transform(image),
-            "caption": text.read_text(encoding="utf-8").strip() if text.is_file() else "",
-            "key": path.relative_to(self.folder).with_suffix("").as_posix(),
+            "__key__": path.relative_to(self.folder).with_suffix("").as_posix(),
+            "__url__": str(path),
+            path.suffix[1:].lower(): path.read_bytes(),
+            "txt": text.read_bytes() if text.is_file() else b"",
         }
 
 
-class FolderDataModule(L.LightningDataModule):
+class FolderDataModule(FileDataModule):
     """Training and validation batches from two folders.
 
     Args:
@@ -52,7 +52,12 @@ class FolderDataModule(L.LightningDataModule):
         crop: side of the square crops in pixels.
         max_zoom: see `CropTransform`.
         batch_size: per process.
+        val_samples: number of validation images, the first good ones by path; None takes all.
         num_workers: loader processes.
+        seed: of order, crops and captions.
+        captions: weights of caption sources, see `CaptionMix`; None is ``{txt: 1}``.
+        filters: which samples are refused; in validation too.
+        max_consecutive_faults: more unusable pictures in a row are an error.
 
     Raises:
         ValueError: a folder without pictures, or a picture that both folders hold.
@@ -66,36 +71,47 @@ class FolderDataModule(L.LightningDataModule):
         crop: int,
         max_zoom: float,
         batch_size: int,
+        val_samples: int | None = None,
         num_workers: int = 1,
+        seed: int = 0,
+        captions: dict[str, float] | None = None,
+        filters: Filters = NO_FILTERS,
+        max_consecutive_faults: int = 100,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.train_set, self.val_set = (
-            FolderDataset(folder, CropTransform(size=crop, max_zoom=max_zoom, train=train))
-            for folder, train in ((train_folder, True), (val_folder, False))
+        train, val = FolderRecords(train_folder), FolderRecords(val_folder)
+        super().__init__(
+            train_records=train,
+            val_records=val,
+            source=str(train_folder),
+            decoder=PictureDecoder(
+                crop=CropTransform(size=crop, max_zoom=max_zoom),
+                captions=make_captions(captions),
+                filters=filters,
+            ),
+            batch_size=batch_size,
+            val_samples=val_samples,
+            num_workers=num_workers,
+            seed=seed,
+            max_consecutive_faults=max_consecutive_faults,
         )
-        trained = {path.resolve() for path in self.train_set.paths}
-        shared = [path for path in self.val_set.paths if path.resolve() in trained]
-        if shared:
-            raise ValueError(
-                f"{len(shared)} pictures are in training and in validation, {shared[0]} first: "
-                "move them out of one of the folders"
-            )
+        refuse_shared(train.paths, val.paths)
+        self._names = [path.relative_to(train_folder).as_posix() for path in train.paths]
 
-    def _loader(self, data: FolderDataset, *, train: bool) -> DataLoader[Batch]:
-        return DataLoader(
-            data,  # type: ignore[arg-type]  # batches are collated samples
-            batch_size=self.batch_size,
-            shuffle=train,
-            drop_last=train and len(data) >= self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+    def data_names(self) -> list[str]:
+        """See `StreamDataModule.data_names`."""
+        return self._names
+
+
+def refuse_shared(train: Sequence[Path], val: Sequence[Path]) -> None:
+    """Refuse pictures that are in both lists.
+
+    Raises:
+        ValueError: there are some.
+    """
+    trained = {path.resolve() for path in train}
+    shared = [path for path in val if path.resolve() in trained]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} pictures are in training and in validation, {shared[0]} first: "
+            "move them out of one of the folders"
         )
-
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches; a last short one is dropped if there is a full one."""
-        return self._loader(self.train_set, train=True)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        """All pictures in order."""
-        return self._loader(self.val_set, train=False)

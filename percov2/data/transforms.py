@@ -29,9 +29,8 @@ class CropTransform:
 
     Attributes:
         size: side of the crop in pixels.
-        max_zoom: training: the short side is resized to a random length between ``size`` and
+        max_zoom: random crops: the short side is resized to a random length between ``size`` and
             ``max_zoom * size``, but not above its own length; at least 1.
-        train: random scale, place and flip; otherwise the largest centre crop.
 
     Raises:
         ValueError: size or zoom below 1.
@@ -39,7 +38,6 @@ class CropTransform:
 
     size: int
     max_zoom: float
-    train: bool
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.max_zoom < 1:
@@ -47,16 +45,24 @@ class CropTransform:
                 f"crop size {self.size} and max_zoom {self.max_zoom} must be at least 1"
             )
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """RGB picture of any size to float32 (3, size, size) in [-1, 1]."""
-        longest = max(float(self.size), min(float(min(image.size)), self.max_zoom * self.size))
-        target = random.uniform(self.size, longest) if self.train else float(self.size)
+    def __call__(self, image: Image.Image, rng: random.Random | None) -> Tensor:
+        """RGB picture of any size to float32 (3, size, size) in [-1, 1].
+
+        Args:
+            image: the picture.
+            rng: source of scale, place and flip; None takes the largest centre crop.
+        """
+        target, place, flip = float(self.size), (0.5, 0.5), False
+        if rng is not None:
+            longest = max(target, min(float(min(image.size)), self.max_zoom * self.size))
+            target = rng.uniform(self.size, longest)
+            place = (rng.random(), rng.random())
+            flip = rng.random() < 0.5
         # Side of the crop in pixels of the original: only what is kept is resampled.
         side = self.size * min(image.size) / target
-        place = (random.random(), random.random()) if self.train else (0.5, 0.5)
         left, top = ((length - side) * p for length, p in zip(image.size, place, strict=True))
-        box = (left, top, left + side, top + side)
+        # Rounding must not carry the box over the border, which Pillow refuses.
+        right, bottom = min(left + side, image.width), min(top + side, image.height)
+        box = (left, top, right, bottom)
         crop = image.resize((self.size, self.size), Image.Resampling.LANCZOS, box=box)
-        if self.train and random.random() < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image_to_tensor(crop)
+        return image_to_tensor(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import io
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import webdataset as wds
 from PIL import Image
 
-from percov2.data.laion import Batch, LaionDataModule, expand_shards
+from percov2.data.filters import Filters
+from percov2.data.laion import Batch, LaionDataModule
+from tests.data.shard_factory import sample, write_shard
 
 COLOURS = [(0, 0, 0), (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250), (120, 60, 180)]
 NO_CAPTION = "000000001"
 
 
-def sample(number: int) -> dict[str, Any]:
+def coloured(number: int) -> dict[str, Any]:
     """One picture of a colour of its own, of any size, as img2dataset stores it."""
+    import io
+
     buffer = io.BytesIO()
     size = (40 + 10 * number, 60 - 5 * number)
     Image.new("RGB", size, COLOURS[number]).save(buffer, format="JPEG", quality=95)
-    key = f"{number:09}"
-    return {
-        "__key__": key,
-        "jpg": buffer.getvalue(),
-        "txt": "" if key == NO_CAPTION else f" picture {number}\n",
-        "json": {"key": key, "width": size[0], "height": size[1], "status": "success"},
-    }
+    changes: dict[str, Any] = {"jpg": buffer.getvalue()}
+    if number == int(NO_CAPTION):
+        changes["txt"] = b""
+    return sample(number, **changes)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards 0, 2 and 3 with two pictures each; shard 1 was lost."""
     folder = tmp_path_factory.mktemp("shards")
-    with wds.ShardWriter(str(folder / "%05d.tar"), maxcount=2, verbose=0) as writer:
-        for number in (0, 1, 0, 0, 2, 3, 4, 5):
-            writer.write(sample(number))
-    (folder / "00001.tar").unlink()
+    for shard, numbers in ((0, (0, 1)), (2, (2, 3)), (3, (4, 5))):
+        write_shard(folder / f"{shard:05}.tar", map(coloured, numbers))
     return folder
 
 
@@ -52,15 +49,15 @@ def module(shards: Path, **changes: Any) -> LaionDataModule:
         "batch_size": 3,
         "val_samples": 2,
         "num_workers": 0,
-        "shuffle_buffer": 4,
+        "shuffle_block": 4,
     }
     return LaionDataModule(**{**options, **changes})
 
 
-def check(batch: Batch) -> None:
+def check(batch: Batch, *, train: bool) -> None:
     """Every picture has the colour and the caption of its key."""
     size = len(batch["key"])
-    assert batch.keys() == {"image", "caption", "key"}
+    assert batch.keys() == {"image", "caption", "key"} | ({"stream"} if train else set())
     assert batch["image"].shape == (size, 3, 32, 32)
     assert batch["image"].dtype == torch.float32
     for image, caption, key in zip(batch["image"], batch["caption"], batch["key"], strict=True):
@@ -70,30 +67,55 @@ def check(batch: Batch) -> None:
 
 
 def test_training_stream_never_ends_and_skips_the_gap(shards: Path) -> None:
-    batches = list(islice(module(shards).train_dataloader(), 40))
+    batches: list[Any] = list(islice(module(shards).train_dataloader(), 40))
     for batch in batches:
         assert len(batch["key"]) == 3
-        check(batch)
-    assert {key for batch in batches for key in batch["key"]} == {f"{n:09}" for n in range(4)}
+        check(batch, train=True)
+    keys = [key for batch in batches for key in batch["key"]]
+    assert {keys.count(f"{number:09}") for number in range(4)} == {30}
+
+
+def test_a_stage_does_not_see_the_state_of_the_stream(shards: Path) -> None:
+    data = module(shards)
+    batch: Any = next(iter(data.train_dataloader()))
+    seen = data.on_before_batch_transfer(batch, 0)
+    check(seen, train=False)
+    assert data.progress.positions == {0: [0, 0, 0, 0, 3]}
+
+
+def test_an_iteration_begins_behind_what_was_trained_on(shards: Path) -> None:
+    """Lightning iterates anew in every epoch of its own."""
+    data = module(shards)
+    loader = data.train_dataloader()
+    whole = [batch["key"] for batch in islice(data.train_dataloader(), 5)]
+    batches: list[Any] = list(islice(loader, 3))
+    for batch in batches[:2]:
+        data.on_before_batch_transfer(batch, 0)
+    assert [batch["key"] for batch in islice(loader, 3)] == whole[2:]
 
 
 def test_training_stream_from_a_worker_process(shards: Path) -> None:
     loader = module(shards, num_workers=1).train_dataloader()
-    batches = list(islice(loader, 3))
-    assert [len(batch["key"]) for batch in batches] == [3, 3, 3]
-    for batch in batches:
-        check(batch)
+    batches: list[Any] = list(islice(loader, 3))
+    alone: list[Any] = list(islice(module(shards).train_dataloader(), 3))
+    assert [batch["key"] for batch in batches] == [batch["key"] for batch in alone]
+    for batch, expected in zip(batches, alone, strict=True):
+        assert torch.equal(batch["image"], expected["image"])
 
 
-def test_training_crops_differ_from_draw_to_draw(shards: Path) -> None:
-    keys = [tuple(batch["key"]) for batch in islice(module(shards).train_dataloader(), 12)]
-    assert len(set(keys)) > 1
+def test_an_error_in_a_worker_is_one_line(shards: Path, tmp_path: Path) -> None:
+    bad = write_shard(tmp_path / "bad.tar", [sample(number, jpg=b"") for number in range(4)])
+    data = module(shards, train_shards=str(bad), num_workers=1, max_consecutive_faults=2)
+    with pytest.raises(ValueError, match=r"^3 faults in a row in the data stream.*$") as caught:
+        next(iter(data.train_dataloader()))
+    assert "\n" not in str(caught.value)
+    assert "bad.tar" in str(caught.value)
 
 
 def read(loader: Any) -> tuple[list[str], torch.Tensor]:
     batches = list(loader)
     for batch in batches:
-        check(batch)
+        check(batch, train=False)
     return [k for b in batches for k in b["key"]], torch.cat([b["image"] for b in batches])
 
 
@@ -105,16 +127,24 @@ def test_validation_is_the_same_each_time(shards: Path) -> None:
     assert torch.equal(images, first_images)
 
 
-def test_validation_takes_the_first_samples(shards: Path) -> None:
-    data = module(
-        shards,
-        train_shards=str(shards / "00003.tar"),
-        val_shards=str(shards / "0000[02].tar"),
-        val_samples=3,
-        batch_size=2,
-    )
-    assert [len(batch["key"]) for batch in data.val_dataloader()] == [2, 1]
-    assert read(data.val_dataloader())[0] == ["000000000", "000000001", "000000002"]
+def test_validation_takes_the_first_good_samples(shards: Path, tmp_path: Path) -> None:
+    faulty = [sample(7, jpg=b""), coloured(0), sample(8, txt=None), coloured(1), coloured(2)]
+    write_shard(tmp_path / "a.tar", faulty)
+    write_shard(tmp_path / "b.tar", map(coloured, (3, 4, 5)))
+    data = module(shards, val_shards=str(tmp_path / "{a,lost,b}.tar"), val_samples=4, batch_size=3)
+    with pytest.warns(UserWarning, match="'corrupt_image': 1, 'missing_caption': 1"):
+        loader = data.val_dataloader()
+    assert [len(batch["key"]) for batch in loader] == [3, 1]
+    assert read(loader)[0] == [f"{number:09}" for number in range(4)]
+
+
+def test_validation_without_a_good_sample_is_refused(shards: Path) -> None:
+    data = module(shards, filters=Filters(min_size=99))
+    with (
+        pytest.warns(UserWarning, match="min_size"),
+        pytest.raises(ValueError, match="no good sample for validation"),
+    ):
+        data.val_dataloader()
 
 
 def test_every_process_reads_the_same_validation_samples(
@@ -136,13 +166,17 @@ def test_shards_of_training_and_validation_must_differ(shards: Path, tmp_path: P
         module(shards, val_shards=str(tmp_path / "link" / "00000.tar"))
 
 
-def test_patterns_are_expanded_in_order_without_repeats(shards: Path) -> None:
-    names = [str(shards / f"{number:05}.tar") for number in (0, 2, 3)]
-    assert expand_shards(str(shards / "0*.tar")) == names
-    assert expand_shards([names[2], names[0], str(shards / "0000[0-2].tar")]) == names
-
-
 @pytest.mark.parametrize("pattern", ["9*.tar", ["7.tar", "8.tar"], []])
 def test_no_shard_is_refused(shards: Path, pattern: str | list[str]) -> None:
     with pytest.raises(ValueError, match="no shard matches"):
         module(shards, train_shards=pattern)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"batch_size": 0}, {"num_workers": -1}, {"val_samples": 0}, {"shuffle_block": 0}],
+)
+def test_numbers_out_of_range_are_refused(shards: Path, change: dict[str, int]) -> None:
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} {value}"):
+        module(shards, **change)
