@@ -16,6 +16,14 @@ from percov2.synthesis.text_conditioner import (
     tiny_text_conditioner,
     train_clip_tokenizer,
 )
+from percov2.training.hub import local_copy
+
+WIDENED = ("pos_embed.proj.weight",)
+"""Parameters that differ in shape from the published model's; none is missing, none is new.
+
+The patch embedding's weight (D, C, p, p) becomes (D, C + K, p, p) for K condition channels: the
+first C are the published ones, the rest starts at zero.
+"""
 
 
 class FlowStart(ABC):
@@ -137,21 +145,63 @@ class FromStableDiffusion3(FlowStart):
         """See `FlowStart.build`.
 
         Raises:
-            ValueError: the repository cannot be reached or read; says how to get access.
+            ValueError: the repository cannot be reached or read, or does not fit stage 1; says
+                what to do.
         """
-        try:
-            transformer = SD3Transformer2DModel.from_pretrained(
-                self.model, subfolder="transformer", revision=self.revision, use_safetensors=True
-            )
-        except OSError as error:
+        folders = [f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2")]
+        if self.use_t5:
+            folders += ["text_encoder_3", "tokenizer_3"]
+        directory = local_copy(self.model, ["transformer", *folders], revision=self.revision)
+        transformer = load_transformer(directory)
+        if transformer.config.in_channels != latent_channels:
             raise ValueError(
-                f"cannot load {self.model}: accept the licence on its model page, then log in "
-                f"with `hf auth login` or set HF_TOKEN, or give a local directory ({error})"
-            ) from error
+                f"{self.model} paints {transformer.config.in_channels} latent channels, stage 1's "
+                f"autoencoder has {latent_channels}: train stage 1 with this model's own"
+            )
         text = TextConditioner.from_sd3(
-            self.model,
+            directory,
             use_t5=self.use_t5,
             joint_dim=int(transformer.config.joint_attention_dim),
-            revision=self.revision,
         )
-        return extend_patch_embedding(transformer, condition_channels), text
+        return extend_strictly(transformer, condition_channels), text
+
+
+def load_transformer(directory: Path) -> SD3Transformer2DModel:
+    """The float32 transformer of a directory in diffusers' layout, key by key.
+
+    Raises:
+        ValueError: weights that are missing, unknown or of another shape.
+    """
+    folder = directory / "transformer"
+    try:
+        transformer, info = SD3Transformer2DModel.from_pretrained(
+            str(folder),
+            # Master weights: the files hold half precision.
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot load {folder} ({reason}): fetch the model again") from error
+    faults = {fault: sorted(map(str, keys)) for fault, keys in info.items() if keys}
+    if faults:
+        raise ValueError(
+            f"weights in {folder} do not fit its config.json ({faults}): fetch the model again"
+        )
+    loaded: SD3Transformer2DModel = transformer
+    return loaded
+
+
+def extend_strictly(
+    transformer: SD3Transformer2DModel, condition_channels: int
+) -> SD3Transformer2DModel:
+    """`extend_patch_embedding`, and the proof that nothing but `WIDENED` has changed."""
+    before = {name: value.shape for name, value in transformer.state_dict().items()}
+    extended = extend_patch_embedding(transformer, condition_channels)
+    after = {name: value.shape for name, value in extended.state_dict().items()}
+    assert before.keys() == after.keys(), before.keys() ^ after.keys()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == set(WIDENED), changed
+    return extended

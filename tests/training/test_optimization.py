@@ -1,0 +1,115 @@
+"""The optimiser: its settings arrive, frozen weights do not, and misfits are refused early."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import nn
+
+from percov2.training.optimization import (
+    STATE_BYTES,
+    Optimization,
+    OptimizerName,
+    Phase,
+    build_optimizer,
+    offloads_optimizer,
+)
+
+
+def phase(model: nn.Module, **fields: object) -> Phase:
+    optimization = Optimization(lr=1e-2, warmup_steps=0, **fields)  # type: ignore[arg-type]
+    return Phase(optimization=optimization, parameters=model.parameters(), first=0, last=10)
+
+
+def test_settings_arrive() -> None:
+    model = nn.Linear(3, 2)
+    given = phase(model, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+    [group] = build_optimizer(given)["optimizer"].param_groups
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-6, 0.3)
+
+
+def test_frozen_weights_stay_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    [group] = build_optimizer(phase(model))["optimizer"].param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model[1].parameters()]
+
+
+def test_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        build_optimizer(phase(nn.Linear(3, 2).requires_grad_(False)))
+
+
+def test_the_fused_kernel_takes_the_same_steps() -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    inputs = torch.randn(4, 3)
+    names: tuple[OptimizerName, ...] = ("adamw", "adamw_fused")
+    for model, name in zip(models, names, strict=True):
+        optimizer = build_optimizer(phase(model, optimizer=name))["optimizer"]
+        assert bool(optimizer.defaults["fused"]) == (name == "adamw_fused")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+    assert torch.allclose(models[0].weight, models[1].weight, atol=1e-6)
+
+
+def test_adamw_keeps_as_many_bytes_as_memory_is_told() -> None:
+    model = nn.Linear(40, 50, bias=False)
+    optimizer = build_optimizer(phase(model))["optimizer"]
+    model(torch.ones(1, 40)).sum().backward()
+    optimizer.step()
+    moments = [v for v in optimizer.state[model.weight].values() if v.numel() > 1]
+    assert sum(v.nbytes for v in moments) == STATE_BYTES["adamw"] * model.weight.numel()
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_a_missing_package_is_named_before_anything_is_built() -> None:
+    with pytest.raises(ValueError, match=r"pip install 'percov2\[8bit\]'"):
+        Optimization(lr=1.0, warmup_steps=0, optimizer="adamw_8bit")
+
+
+def test_eight_bits_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("percov2.training.optimization.find_spec", lambda name: object())
+    with pytest.raises(ValueError, match="CUDA GPU only, the weights are on cpu"):
+        build_optimizer(phase(nn.Linear(3, 2), optimizer="adamw_8bit"))
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_offload_and_optimizer_must_fit() -> None:
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    offloading = DeepSpeedStrategy(stage=2, offload_optimizer=True)
+    assert offloads_optimizer(offloading)
+    assert not offloads_optimizer(DeepSpeedStrategy(stage=2))
+    with pytest.raises(ValueError, match="needs a strategy with offload_optimizer"):
+        build_optimizer(phase(nn.Linear(3, 2), optimizer="deepspeed_cpu_adam"))
+    with pytest.raises(ValueError, match="choose 'deepspeed_cpu_adam'"):
+        build_optimizer(phase(nn.Linear(3, 2)), strategy=offloading)
+    assert isinstance(offloading.config, dict)
+    offloading.config["zero_force_ds_cpu_optimizer"] = False
+    build_optimizer(phase(nn.Linear(3, 2)), strategy=offloading)
+
+
+def test_phases_of_two_optimisers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\['adamw', 'adamw_fused'\]: choose one"):
+        build_optimizer(phase(nn.Linear(1, 1)), phase(nn.Linear(1, 1), optimizer="adamw_fused"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lr": 0.0},
+        {"warmup_steps": -1},
+        {"eps": 0.0},
+        {"betas": (0.9, 1.0)},
+        {"weight_decay": -0.1},
+    ],
+)
+def test_bad_fields_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must"):
+        Optimization(**({"lr": 1.0, "warmup_steps": 0} | fields))  # type: ignore[arg-type]
