@@ -7,6 +7,9 @@ from typing import Protocol, runtime_checkable
 
 import lightning as L
 
+from percov2.training.callbacks.weight_ema import WeightEMA
+from percov2.training.strategy import ZeroStrategy
+
 
 @runtime_checkable
 class Exportable(Protocol):
@@ -20,8 +23,7 @@ class Exportable(Protocol):
 class ExportModel(L.Callback):
     """Calls the stage's ``export`` at the end of training, on the first process.
 
-    Place it after a weight-averaging callback: that one puts the averages in place at the end of
-    training, and this one runs when training is over.
+    Under ZeRO-3 all processes first gather the weights into the first one's main memory.
 
     Args:
         directory: of the model.
@@ -29,10 +31,43 @@ class ExportModel(L.Callback):
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        self._whole: L.LightningModule | None = None
+        self._ended = False
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning hook."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what could only fail at the end.
+
+        Raises:
+            ValueError: the module cannot be exported, or `WeightEMA` comes later in the list and
+                would put its averages in place after they have been gathered.
+        """
         if not isinstance(pl_module, Exportable):
             raise ValueError(f"{type(pl_module).__name__} has no export: it is no percov2 stage")
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        later = callbacks[callbacks.index(self) :]
+        if any(isinstance(callback, WeightEMA) for callback in later):
+            raise ValueError("trainer.callbacks: put WeightEMA before ExportModel")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gather, while the strategy still stands."""
+        self._ended = True
+        if isinstance(trainer.strategy, ZeroStrategy):
+            self._whole = trainer.strategy.whole_module()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write, when the devices' memory is free again.
+
+        Raises:
+            ValueError: the run was resumed at its last step. Lightning then calls no callback that
+                would put averages in place, and the export would be of other weights.
+        """
+        if not self._ended:
+            raise ValueError(
+                "the checkpoint is of the run's last step, nothing is left to train: raise "
+                "trainer.max_steps, or write its model with `python -m percov2.training.convert`"
+            )
         if trainer.is_global_zero:
-            pl_module.export(self.directory)
+            module = pl_module if self._whole is None else self._whole
+            assert isinstance(module, Exportable)
+            module.export(self.directory)
+            self._whole = None

@@ -1,0 +1,245 @@
+"""Checkpoints that appear whole or not at all, and the choice of the one to resume from.
+
+Lightning writes a checkpoint into the system's temporary folder and moves it from there: on
+another disk that move is a copy, which a kill leaves half done under the final name. Here the
+temporary lies beside its target, reaches the disk, and then takes the name in one step.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.utils import get_protocol
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
+
+from percov2.files import atomic_path
+
+SUFFIX = ".ckpt"
+_REPLACED = ".replaced"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, syncs, renames; removes by renaming first.
+
+    The tensors stream into the file: no second copy of the model in memory. Paths with a protocol
+    (``s3://``) are left to Lightning.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint file.
+
+        Raises:
+            ValueError: the disk is full or the folder cannot be written to. Whatever had the name
+                before is untouched.
+        """
+        if storage_options is not None or not is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        with explain_failed_save(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target.parent)
+            with atomic_path(target) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            sync(target.parent)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint; a sharded one, a folder, first loses its name."""
+        target = Path(path)
+        if is_local(path) and target.is_dir():
+            hidden = hidden_path(target)
+            os.rename(target, hidden)
+            shutil.rmtree(hidden)
+        else:
+            super().remove_checkpoint(path)
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether a path names a local file, not an object store's."""
+    return bool(get_protocol(str(path)) == "file")
+
+
+def hidden_path(target: Path) -> Path:
+    """Where a folder is written before, or deleted after, it has the name `target`."""
+    return target.with_name("." + target.name)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left half written in a folder of checkpoints."""
+    for path in folder.glob(f".*{SUFFIX}"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def sync(folder: Path) -> None:
+    """Have the disk hold a folder's entries: without it a rename may not survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_files(folder: Path) -> None:
+    """Have the disk hold the content of all files below a folder, and its own entries."""
+    for path in [folder, *folder.rglob("*")]:
+        sync(path)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Give `new` the name `target`.
+
+    Folders cannot be exchanged in one step: for an instant there is only ``target.replaced``,
+    which is whole and which `latest_checkpoint` then returns.
+    """
+    replaced = target.with_name(target.name + _REPLACED)
+    if os.path.lexists(target):
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(target, replaced)
+    os.rename(new, target)
+    sync(target.parent)
+    if os.path.lexists(replaced):
+        remove(replaced)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint written last in a folder, a file or a folder itself; None without any.
+
+    Hidden temporaries and links that point nowhere are not candidates.
+    """
+    found = [path for path in folder.glob(f"[!.]*{SUFFIX}") if path.exists()]
+    found += [
+        path
+        for path in folder.glob(f"[!.]*{SUFFIX}{_REPLACED}")
+        if not path.with_suffix("").exists()
+    ]
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+
+
+def resolve_checkpoint(choice: str | None, folder: Path) -> Path | None:
+    """What ``--ckpt_path`` means.
+
+    Args:
+        choice: None to start anew, ``auto`` for the latest checkpoint if there is one, or a path.
+        folder: of the run's checkpoints.
+
+    Raises:
+        ValueError: there is no such path.
+    """
+    if choice is None:
+        return None
+    if choice == "auto":
+        return latest_checkpoint(folder)
+    path = Path(choice)
+    if not path.exists():
+        raise ValueError(
+            f"--ckpt_path {choice} does not exist: give a checkpoint, `auto` for the latest in "
+            f"{folder}, or leave it out to start anew"
+        )
+    return path
+
+
+@contextmanager
+def explain_failed_save(target: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one line.
+
+    Raises:
+        ValueError: names the checkpoint and the remedy.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason: BaseException | str = error
+        if isinstance(error, RuntimeError):
+            # torch's writer hides what the system said, or at least that the file is too short.
+            if "inline_container" not in str(error):
+                raise
+            system = error.__context__
+            reason = system if isinstance(system, OSError) else "the file came out too short"
+        raise ValueError(
+            f"cannot save checkpoint {target} ({reason}): free space on that disk, get write "
+            "permission, or choose another folder; earlier checkpoints are as they were"
+        ) from error
+
+
+def read_checkpoint(path: Path, *, meta: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint file, memory-mapped.
+
+    Args:
+        path: of the file.
+        meta: keep the tensors' shapes only.
+
+    Raises:
+        ValueError: not a checkpoint, or a damaged one.
+    """
+    try:
+        state: dict[str, Any] = torch.load(
+            path, map_location="meta" if meta else "cpu", mmap=True, weights_only=True
+        )
+        assert isinstance(state["state_dict"], dict)
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(
+            f"{path} is not a checkpoint of percov2.fit, or a damaged one ({reason}): choose "
+            "another"
+        ) from error
+    return state
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a state dict."""
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
+
+
+def compare_shapes(path: Path, found: Shapes, expected: Shapes, *, stage: str) -> None:
+    """Refuse weights of another stage or architecture.
+
+    Args:
+        path: of the checkpoint, for the message.
+        found: in the checkpoint.
+        expected: by the configured model.
+        stage: class name of the configured model.
+
+    Raises:
+        ValueError: names the first few differences.
+    """
+    differences = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    parts = [
+        f"{len(names)} weights are {what} ({', '.join(names[:2])}{', ...' * (len(names) > 2)})"
+        for what, names in differences.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(
+            f"{path} is of another stage or architecture than the configured {stage}: "
+            f"{'; '.join(parts)}: give a checkpoint of this configuration"
+        )
