@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import skimage.data
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import percov2
+from percov2.contact_sheet import contact_sheet
 from percov2.files import atomic_path
 from percov2.images import write_png
 from percov2.inspection import GENERATED_NOTE, png_metadata
@@ -27,23 +28,6 @@ PHOTOGRAPHS = {
     "rocket": "a rocket standing on a launch pad at dusk",
 }
 """Names in `skimage.data`, with the captions that are stored."""
-_GAP, _CAPTION_HEIGHT = 12, 40
-
-
-def contact_sheet(rows: list[list[tuple[Image.Image, str]]]) -> Image.Image:
-    """Rows of pictures of equal size within a row, a text under each."""
-    heights = [max(image.height for image, _ in row) + _CAPTION_HEIGHT + _GAP for row in rows]
-    widths = [sum(image.width + _GAP for image, _ in row) + _GAP for row in rows]
-    sheet = Image.new("RGB", (max(widths), sum(heights) + _GAP), "white")
-    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(18), _GAP
-    for row, height in zip(rows, heights, strict=True):
-        left = _GAP
-        for image, text in row:
-            sheet.paste(image, (left, top))
-            draw.text((left, top + image.height + 6), text, fill="black", font=font)
-            left += image.width + _GAP
-        top += height
-    return sheet
 
 
 def run(output: Path) -> Path:
