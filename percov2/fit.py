@@ -6,10 +6,18 @@ override earlier ones. The resolved configuration is written into the run's fold
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from percov2.training.callbacks import ExportModel
+from percov2.training.checkpointing import resolve_checkpoint
+from percov2.training.config_errors import explain
+from percov2.training.strategy import check_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,8 @@ class Variables:
         reduction: latents per token along an axis (stage 1).
         codebook_size: V (stage 1).
         feature_channels: M (stage 1).
+        rate: name of the rate, part of folder names.
+        lpips_weight: of the perceptual term (stage 2).
         tokenizer_steps: steps before the tokenizer is frozen (stage 1).
     """
 
@@ -39,32 +49,76 @@ class Variables:
     codebook_size: int | None = None
     feature_channels: int | None = None
     tokenizer_steps: int | None = None
+    rate: str | None = None
+    lpips_weight: float | None = None
+
+
+class FitParser(LightningArgumentParser):
+    """Reports what is wrong with a configuration in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with code 2, or raise where jsonargparse tries one type after another."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        names = [action.dest for action in self._actions if isinstance(action.dest, str)]
+        self.exit(2, f"percov2.fit: error: {explain(message, names)}\n")
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI with the few options that are percov2's."""
+    """LightningCLI with the few options that are percov2's.
+
+    Args:
+        args: command line; None for that of the process.
+    """
+
+    parser_class = FitParser
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            model_class=L.LightningModule,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            args=args,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_kwargs={"overwrite": True},
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--ckpt_path``: resume a run from one of its checkpoints."""
+        """``--ckpt_path``: resume a run; ``auto`` takes its newest checkpoint, if it has one."""
         parser.add_argument("--ckpt_path", type=str | None, default=None)
         parser.add_class_arguments(Variables, "vars", instantiate=False)
 
+    def write_config(self, directory: Path) -> None:
+        """The resolved configuration as ``training.yaml``, beside the weights it led to."""
+        config = self.parser.dump(self.config, skip_unset=False, format="yaml")
+        (directory / "training.yaml").write_text(config, encoding="utf-8")
+
 
 def main(args: list[str] | None = None) -> L.Trainer:
-    """Train as the command line says; returns the trainer (for tests and notebooks)."""
-    cli = FitCLI(
-        model_class=L.LightningModule,
-        datamodule_class=L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=False,
-        args=args,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        save_config_kwargs={"overwrite": True},
-    )
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    """Train as the command line says; returns the trainer (for tests and notebooks).
+
+    Raises:
+        ValueError: a field, a file or a checkpoint is wrong; says which.
+        SystemExit: the configuration cannot be parsed (code 2, the reason on stderr).
+    """
+    cli = FitCLI(args)
+    folder = Path(cli.config.vars.run) / "checkpoints"
+    checkpoint = resolve_checkpoint(cli.config.ckpt_path, folder)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, cli.model, cli.trainer)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    if cli.trainer.is_global_zero:
+        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ExportModel):
+                cli.write_config(callback.directory)
     return cli.trainer
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        print(f"percov2.fit: error: {explain(str(error), [])}", file=sys.stderr)
+        sys.exit(2)

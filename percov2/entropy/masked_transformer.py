@@ -9,6 +9,7 @@ y and x rows and columns of a window, n tokens in a window.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,7 +193,7 @@ class TrainingMasks:
 
 
 def draw_training_masks(
-    groups: Groups, batch: int, *, random_share: float, generator: torch.Generator
+    groups: Groups, *, random_share: float, generators: Sequence[torch.Generator]
 ) -> TrainingMasks:
     """Draw a step of the schedule per sample, or random tokens for a share of the samples.
 
@@ -201,22 +202,25 @@ def draw_training_masks(
 
     Args:
         groups: (r, c) schedule with S groups.
-        batch: B.
         random_share: share of samples with a random set of known tokens instead, in [0, 1].
-        generator: CPU generator; the result is on the CPU.
+        generators: B CPU generators, one a sample; the result is on the CPU.
     """
     group = torch.from_numpy(groups.astype("int64"))
     sizes = torch.bincount(group.flatten(), minlength=num_groups(groups)).double()
-    step = torch.multinomial(sizes, batch, replacement=True, generator=generator)[:, None, None]
-    known, target = group < step, group == step
-    ratio = torch.rand(batch, 1, 1, generator=generator)
-    score = torch.rand(batch, *group.shape, generator=generator)
-    random = torch.rand(batch, 1, 1, generator=generator) < random_share
-    # One token at least stays unknown, or a sample would have nothing to predict.
-    unknown = (score >= ratio) | (score == score.amax((1, 2), keepdim=True))
-    return TrainingMasks(
-        known=torch.where(random, ~unknown, known), target=torch.where(random, unknown, target)
-    )
+    known, target = [], []
+    for generator in generators:
+        if torch.rand((), generator=generator) < random_share:
+            ratio = torch.rand((), generator=generator)
+            score = torch.rand(group.shape, generator=generator)
+            # One token at least stays unknown, or the sample would have nothing to predict.
+            unknown = (score >= ratio) | (score == score.max())
+            known.append(~unknown)
+            target.append(unknown)
+        else:
+            step = torch.multinomial(sizes, 1, generator=generator)
+            known.append(group < step)
+            target.append(group == step)
+    return TrainingMasks(known=torch.stack(known), target=torch.stack(target))
 
 
 def masked_cross_entropy(model: MaskedTransformer, tokens: Tensor, masks: TrainingMasks) -> Tensor:

@@ -69,6 +69,12 @@ class Flow:
             return output
         return (x_t - prediction - output) / t.view(-1, *[1] * (x_t.ndim - 1))
 
+    def output_to_data(self, output: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The network's estimate of x_0 from its output at times t (B,) in (0, 1]."""
+        if self.from_prediction:
+            return prediction + output
+        return x_t - t.view(-1, *[1] * (x_t.ndim - 1)) * output
+
     def shift_time(self, t: Tensor) -> Tensor:
         """Unshifted time in [0, 1] to shifted time; 0 and 1 stay."""
         # Written so that t = 1 stays exactly 1 in floating point, whatever the shift.

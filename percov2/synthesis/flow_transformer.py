@@ -71,8 +71,8 @@ def predict(
     """
     output: Tensor = transformer(
         hidden_states=torch.cat([x_t, condition], dim=1).to(transformer.dtype),
-        encoder_hidden_states=text,
-        pooled_projections=pooled_text,
+        encoder_hidden_states=text.to(transformer.dtype),
+        pooled_projections=pooled_text.to(transformer.dtype),
         # In float32: in half precision 1000 t would be off by several steps.
         timestep=t.float() * NUM_TRAIN_TIMESTEPS,
         return_dict=False,

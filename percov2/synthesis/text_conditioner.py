@@ -35,7 +35,7 @@ BYTE_SYMBOLS = 256
 T5_SPARE_TOKENS = 127
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: ZeRO-3 reads a result's __dict__
 class TextCondition:
     """What the flow transformer is told about a batch of captions.
 

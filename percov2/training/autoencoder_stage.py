@@ -67,7 +67,9 @@ class AutoencoderStage(L.LightningModule):
         """PSNR of the reconstruction."""
         image = batch["image"]
         decoded = self.autoencoder.decode(self.autoencoder.encode(image))
-        self.log("val/psnr", psnr(decoded, image), batch_size=len(image), prog_bar=True)
+        self.log(
+            "val/psnr", psnr(decoded, image), batch_size=len(image), sync_dist=True, prog_bar=True
+        )
 
     def configure_optimizers(self) -> Any:
         """AdamW over the residual networks."""
@@ -78,7 +80,8 @@ class AutoencoderStage(L.LightningModule):
                 parameters=self.autoencoder.parameters(),
                 first=0,
                 last=last,
-            )
+            ),
+            strategy=self.trainer.strategy,
         )
 
     def export(self, directory: Path) -> None:

@@ -23,8 +23,9 @@ from percov2.entropy.schedules import make_schedule
 from percov2.entropy.token_coder import TokenCoder
 from percov2.synthesis.latent_decoder import LatentDecoder
 from percov2.training.autoencoder_stage import psnr
+from percov2.training.hub import local_copy
 from percov2.training.optimization import Optimization, Phase, build_optimizer
-from percov2.training.randomness import batch_generator
+from percov2.training.randomness import sample_generators
 
 
 class EntropyStage(L.LightningModule):
@@ -36,7 +37,8 @@ class EntropyStage(L.LightningModule):
     that still move.
 
     Args:
-        autoencoder: directory that holds an `autoencoder` or a `vae` folder; frozen.
+        autoencoder: directory that holds an `autoencoder` or a `vae` folder, or the hub id of a
+            model in diffusers' layout, whose `vae` is fetched; frozen.
         hyper_encoder: to be trained.
         quantizer: to be trained.
         latent_decoder: to be trained.
@@ -56,7 +58,7 @@ class EntropyStage(L.LightningModule):
     def __init__(
         self,
         *,
-        autoencoder: Path,
+        autoencoder: str,
         hyper_encoder: HyperEncoder,
         quantizer: VectorQuantizer,
         latent_decoder: LatentDecoder,
@@ -77,7 +79,9 @@ class EntropyStage(L.LightningModule):
                 f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
                 "nothing would be trained in between"
             )
-        self.autoencoder = load_autoencoder(autoencoder).requires_grad_(False)
+        local = Path(autoencoder).is_dir()
+        directory = Path(autoencoder) if local else local_copy(autoencoder, ["vae"])
+        self.autoencoder = load_autoencoder(directory).requires_grad_(False)
         self.hyper_encoder, self.quantizer = hyper_encoder, quantizer
         self.latent_decoder, self.masked_transformer = latent_decoder, masked_transformer
         self.schedule, self.seed = schedule, seed
@@ -92,13 +96,18 @@ class EntropyStage(L.LightningModule):
         """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
         self.to(memory_format=torch.channels_last)
 
-    def _tokenizer_loss(self, image: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokenizer_loss(self, image: Tensor | None, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction + commitment, and the tokens (B, r, c)."""
         quantized = self.quantizer(self.hyper_encoder(latents))
         prediction = self.latent_decoder(quantized.features)
         loss = F.mse_loss(prediction, latents)
         self.log("train/latent_mse", loss, prog_bar=True)
         if self.pixel_weight:
+            if image is None:
+                raise ValueError(
+                    f"pixel_weight is {self.pixel_weight} and the cache has no pictures: write it "
+                    "with `python -m percov2.data.cache --images true`, or set pixel_weight 0"
+                )
             pixel_error = F.mse_loss(self.autoencoder.decode(prediction), image)
             self.log("train/pixel_mse", pixel_error, prog_bar=True)
             loss = loss + self.pixel_weight * pixel_error
@@ -111,9 +120,8 @@ class EntropyStage(L.LightningModule):
         groups = make_schedule(self.schedule, *tokens.shape[1:])
         masks = draw_training_masks(
             groups,
-            len(tokens),
             random_share=self.random_mask_share,
-            generator=batch_generator(self.seed, step, keys),
+            generators=sample_generators(self.seed, step, keys, purpose="masks"),
         )
         return masked_cross_entropy(self.masked_transformer, tokens, masks)
 
@@ -128,9 +136,10 @@ class EntropyStage(L.LightningModule):
         """Loss of the phase or phases that this step belongs to."""
         tokenizing = self.global_step < self.tokenizer_steps
         with torch.no_grad():
-            latents = self.autoencoder.encode(batch["image"])
+            cached = batch.get("latents")
+            latents = self.autoencoder.encode(batch["image"]) if cached is None else cached
         if tokenizing:
-            loss, tokens = self._tokenizer_loss(batch["image"], latents)
+            loss, tokens = self._tokenizer_loss(batch.get("image"), latents)
         else:
             tokens = self._frozen_tokens(latents)
             loss = latents.new_zeros(())
@@ -160,9 +169,9 @@ class EntropyStage(L.LightningModule):
         quantized = self.quantizer(self.hyper_encoder(latents))
         prediction = self.latent_decoder(quantized.features)
         size = len(image)
-        self.log("val/latent_mse", F.mse_loss(prediction, latents), batch_size=size)
+        self.log("val/latent_mse", F.mse_loss(prediction, latents), batch_size=size, sync_dist=True)
         decoded = self.autoencoder.decode(prediction)
-        self.log("val/psnr", psnr(decoded, image), batch_size=size, prog_bar=True)
+        self.log("val/psnr", psnr(decoded, image), batch_size=size, sync_dist=True, prog_bar=True)
         tokens = quantized.tokens.cpu()
         self._counts += torch.bincount(tokens.flatten(), minlength=len(self._counts))
         coder = TokenCoder(
@@ -199,14 +208,19 @@ class EntropyStage(L.LightningModule):
                 first=self.masked_steps_from,
                 last=last,
             ),
+            strategy=self.trainer.strategy,
         )
 
-    def export(self, directory: Path) -> None:
-        """Write a stage 1 directory."""
-        TokenizerComponents(
+    def components(self) -> TokenizerComponents:
+        """The tokenizer in its present state, sharing the stage's weights."""
+        return TokenizerComponents(
             autoencoder=self.autoencoder,
             hyper_encoder=self.hyper_encoder,
             quantizer=self.quantizer,
             latent_decoder=self.latent_decoder,
             masked_transformer=self.masked_transformer,
-        ).save(directory)
+        )
+
+    def export(self, directory: Path) -> None:
+        """Write a stage 1 directory."""
+        self.components().save(directory)

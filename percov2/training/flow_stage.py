@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from percov2.entropy.schedules import make_schedule
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict, predict_velocity
 from percov2.synthesis.sampler import Tiling, sample
+from percov2.synthesis.text_conditioner import TextCondition
+from percov2.training.adaptation import Adaptation
 from percov2.training.autoencoder_stage import psnr
 from percov2.training.flow_start import FlowStart
 from percov2.training.optimization import Optimization, Phase, build_optimizer
-from percov2.training.randomness import batch_generator, sample_generators
+from percov2.training.perceptual import LpipsNet, PerceptualLoss
+from percov2.training.randomness import sample_generators
 
 
 class FlowStage(L.LightningModule):
@@ -33,6 +37,7 @@ class FlowStage(L.LightningModule):
     Args:
         tokenizer: stage 1 directory.
         start: where transformer and text encoders come from.
+        adaptation: which weights of the transformer are trained.
         flow: path, shift, source and training times.
         tiling: stored with the model: tiles of at most the training crop.
         optimization: of all that is trained.
@@ -43,6 +48,12 @@ class FlowStage(L.LightningModule):
         train_text_encoders: whether the text encoders learn (tiny ones must, SD3's must not).
         default_steps: stored with the model.
         default_guidance: stored with the model.
+        gradient_checkpointing: compute the transformer's activations anew in the backward pass:
+            a third more compute, far less memory.
+        lpips_weight: of LPIPS between the decoded estimate of the data and the image, with
+            gradient through the autoencoder's decoder; 0 spares it. The paper uses 0.1 above
+            0.05 bpp.
+        lpips_net: backbone of LPIPS.
         validation_steps: sampling steps of the validation images.
         half: export float16 weights.
         seed: of noise, times and caption drop.
@@ -53,6 +64,7 @@ class FlowStage(L.LightningModule):
         *,
         tokenizer: Path,
         start: FlowStart,
+        adaptation: Adaptation,
         flow: Flow,
         tiling: Tiling,
         optimization: Optimization,
@@ -63,6 +75,9 @@ class FlowStage(L.LightningModule):
         train_text_encoders: bool,
         default_steps: int,
         default_guidance: float,
+        gradient_checkpointing: bool = False,
+        lpips_weight: float = 0.0,
+        lpips_net: LpipsNet = "vgg",
         validation_steps: int = 4,
         half: bool = False,
         seed: int = 0,
@@ -77,6 +92,10 @@ class FlowStage(L.LightningModule):
         self.transformer, self.text_conditioner = start.build(
             parts.latent_decoder.condition_channels, parts.autoencoder.latent_channels
         )
+        adaptation.apply(self.transformer)
+        self.adaptation = adaptation
+        if gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
         self.text_conditioner.requires_grad_(train_text_encoders)
         self.config = CodecConfig(
             name=name,
@@ -89,15 +108,21 @@ class FlowStage(L.LightningModule):
             default_guidance=default_guidance,
         )
         self.flow, self.optimization = flow, optimization
+        self.lpips_weight = lpips_weight
+        self.lpips = PerceptualLoss(lpips_net) if lpips_weight else None
         self.caption_dropout, self.train_tokenizer = caption_dropout, train_tokenizer
+        self.train_text_encoders = train_text_encoders
         self.validation_steps, self.half_export, self.seed = validation_steps, half, seed
 
     def on_fit_start(self) -> None:
         """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
         self.to(memory_format=torch.channels_last)
 
-    def on_train_epoch_start(self) -> None:
-        """Frozen parts stay in evaluation mode: the quantiser must not move its codebook."""
+    def on_train_start(self) -> None:
+        """Frozen parts stay in evaluation mode: the quantiser must not move its codebook.
+
+        (Lightning calls no start of an epoch when it resumes in the middle of one.)
+        """
         for module in self.parts.modules().values():
             module.train(self.train_tokenizer)
 
@@ -108,36 +133,75 @@ class FlowStage(L.LightningModule):
             condition, prediction = self.parts.latent_decoder.condition(quantized.features)
         return quantized.tokens, condition, prediction
 
+    def _latents(self, batch: Batch) -> Tensor:
+        """Latents (B, C, h, w), cached or of the image."""
+        if "latents" in batch:
+            return batch["latents"]
+        return self.parts.autoencoder.encode(batch["image"])
+
+    def _text(self, batch: Batch, dropped: list[bool]) -> TextCondition:
+        """Text of the captions, cached or computed; that of an empty caption where dropped.
+
+        Raises:
+            ValueError: cached text does not suit the configuration.
+        """
+        if "text_embeddings" not in batch:
+            captions = zip(batch["caption"], dropped, strict=True)
+            found: TextCondition = self.text_conditioner(
+                ["" if drop else c for c, drop in captions]
+            )
+            return found
+        if self.train_text_encoders:
+            raise ValueError(
+                "the batch holds cached text, train_text_encoders is true: train without a cache, "
+                "or freeze the text encoders"
+            )
+        embeddings, pooled = batch["text_embeddings"].clone(), batch["text_pooled"].clone()
+        if any(dropped):
+            if "empty_embeddings" not in batch:
+                raise ValueError(
+                    f"caption_dropout is {self.caption_dropout} and the data has no text of an "
+                    "empty caption: set data.init_args.empty_text, or caption_dropout 0"
+                )
+            where = torch.tensor(dropped, device=embeddings.device)
+            embeddings[where], pooled[where] = batch["empty_embeddings"], batch["empty_pooled"]
+        dtype = self.transformer.dtype
+        return TextCondition(embeddings=embeddings.to(dtype), pooled=pooled.to(dtype))
+
     def _flow_loss(
         self, latents: Tensor, condition: Tensor, prediction: Tensor, batch: Batch, *, step: int
     ) -> Tensor:
-        """Mean squared error of the network's output (velocity or residual)."""
-        draws = sample_generators(self.seed, step, batch["key"])
+        """Mean squared error of the network's output (velocity or residual), and LPIPS."""
+        draws = sample_generators(self.seed, step, batch["key"], purpose="flow")
         normal = torch.stack([torch.randn((), generator=g) for g in draws]).to(latents)
         dropped = [bool(torch.rand((), generator=g) < self.caption_dropout) for g in draws]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws])
-        captions = ["" if drop else c for c, drop in zip(batch["caption"], dropped, strict=True)]
         t = self.flow.normal_to_time(normal)
         x_1 = self.flow.source(prediction, noise.to(latents))
         x_t = self.flow.interpolate(latents, x_1, t)
-        text = self.text_conditioner(captions)
+        text = self._text(batch, dropped)
         output = predict(self.transformer, x_t, condition, t, text.embeddings, text.pooled)
-        return F.mse_loss(output, self.flow.target(latents, x_1, prediction))
+        loss = F.mse_loss(output, self.flow.target(latents, x_1, prediction))
+        if self.lpips is None or not self.training:
+            return loss
+        estimate = self.flow.output_to_data(output, x_t, prediction, t)
+        distance = self.lpips(self.parts.autoencoder.decode(estimate), _image(batch))
+        self.log("train/lpips", distance)
+        return loss + self.lpips_weight * distance
 
     def _masked_loss(self, tokens: Tensor, keys: list[str]) -> Tensor:
         """Bits per token of the masked transformer on the present, detached tokens."""
         masks = draw_training_masks(
             make_schedule(self.config.schedule, *tokens.shape[1:]),
-            len(tokens),
             random_share=0.0,
-            generator=batch_generator(self.seed, self.global_step, keys),
+            generators=sample_generators(self.seed, self.global_step, keys, purpose="masks"),
         )
         return masked_cross_entropy(self.parts.masked_transformer, tokens, masks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow matching, and the rate of tokens that move."""
         with torch.no_grad():
-            latents = self.parts.autoencoder.encode(batch["image"])
+            latents = self._latents(batch)
         tokens, condition, prediction = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=self.global_step)
         self.log("train/flow", loss, prog_bar=True)
@@ -149,13 +213,13 @@ class FlowStage(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Flow loss with fixed draws, and PSNR of pictures painted with captions."""
-        image = batch["image"]
+        image = _image(batch)
         size = len(image)
-        latents = self.parts.autoencoder.encode(image)
+        latents = self._latents(batch)
         _, condition, prediction = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=0)
-        self.log("val/flow", loss, batch_size=size, prog_bar=True)
-        text = self.text_conditioner(batch["caption"])
+        self.log("val/flow", loss, batch_size=size, sync_dist=True, prog_bar=True)
+        text = self._text(batch, [False] * size)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.seed))
 
         def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
@@ -165,9 +229,9 @@ class FlowStage(L.LightningModule):
         x_1 = self.flow.source(prediction, noise.to(latents))
         painted = sample(self.flow, velocity, condition, x_1, steps=self.validation_steps)
         decoded = self.parts.autoencoder.decode(painted)
-        self.log("val/psnr", psnr(decoded, image), batch_size=size, prog_bar=True)
+        self.log("val/psnr", psnr(decoded, image), batch_size=size, sync_dist=True, prog_bar=True)
         flat = self.parts.autoencoder.decode(prediction)
-        self.log("val/psnr_prediction", psnr(flat, image), batch_size=size)
+        self.log("val/psnr_prediction", psnr(flat, image), batch_size=size, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW over everything that requires a gradient."""
@@ -177,14 +241,34 @@ class FlowStage(L.LightningModule):
                 parameters=self.parameters(),
                 first=0,
                 last=int(self.trainer.estimated_stepping_batches),
-            )
+            ),
+            strategy=self.trainer.strategy,
         )
 
-    def export(self, directory: Path) -> None:
-        """Write a complete model directory."""
-        CodecComponents(
+    def components(self) -> CodecComponents:
+        """The codec in its present state, sharing the stage's weights."""
+        return CodecComponents(
             config=self.config,
             tokenizer=self.parts,
             transformer=self.transformer,
             text_conditioner=self.text_conditioner,
-        ).save(directory, half=self.half_export)
+        )
+
+    def export(self, directory: Path) -> None:
+        """Write a complete model directory, adapters merged into the weights."""
+        plain = self.adaptation.merged(self.transformer)
+        replace(self.components(), transformer=plain).save(directory, half=self.half_export)
+
+
+def _image(batch: Batch) -> Tensor:
+    """Pictures (B, 3, H, W) of a batch.
+
+    Raises:
+        ValueError: a cache without pictures.
+    """
+    if "image" not in batch:
+        raise ValueError(
+            "validation and LPIPS need the pictures, the cache has none: write it with "
+            "`python -m percov2.data.cache --images true`"
+        )
+    return batch["image"]

@@ -11,15 +11,9 @@ from collections.abc import Sequence
 import torch
 
 
-def batch_generator(seed: int, step: int, keys: Sequence[str]) -> torch.Generator:
-    """A CPU generator for everything drawn per batch."""
-    return torch.Generator().manual_seed(_mix(seed, step, "\n".join(keys)))
-
-
-def sample_generators(seed: int, step: int, keys: Sequence[str]) -> list[torch.Generator]:
-    """One CPU generator per sample."""
-    return [torch.Generator().manual_seed(_mix(seed, step, key)) for key in keys]
-
-
-def _mix(seed: int, step: int, key: str) -> int:
-    return zlib.crc32(f"{seed}/{step}/{key}".encode())
+def sample_generators(
+    seed: int, step: int, keys: Sequence[str], *, purpose: str
+) -> list[torch.Generator]:
+    """One CPU generator per sample; draws for different purposes are independent."""
+    texts = (f"{seed}/{step}/{purpose}/{key}" for key in keys)
+    return [torch.Generator().manual_seed(zlib.crc32(text.encode())) for text in texts]

@@ -156,9 +156,8 @@ def test_saved_model_gives_equal_logits(tmp_path: Path) -> None:
 def draw(name: str, batch: int, *, random_share: float) -> TrainingMasks:
     return draw_training_masks(
         make_schedule(name, 6, 8),
-        batch,
         random_share=random_share,
-        generator=torch.Generator().manual_seed(3),
+        generators=[torch.Generator().manual_seed(3 + sample) for sample in range(batch)],
     )
 
 
@@ -199,6 +198,12 @@ def test_draws_repeat_with_the_generator() -> None:
     first, again = (draw("var", 20, random_share=0.5) for _ in range(2))
     assert torch.equal(first.known, again.known)
     assert torch.equal(first.target, again.target)
+
+
+def test_a_sample_s_masks_do_not_depend_on_the_rest_of_the_batch() -> None:
+    whole, part = (draw("quincunx", batch, random_share=0.5) for batch in (20, 7))
+    assert torch.equal(whole.known[:7], part.known)
+    assert torch.equal(whole.target[:7], part.target)
 
 
 def masks_of_steps(groups: Tensor, steps: list[int]) -> TrainingMasks:

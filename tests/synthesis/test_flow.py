@@ -65,6 +65,19 @@ def test_residual_output_gives_the_path_s_derivative_too() -> None:
     torch.testing.assert_close(velocity, x_1 - x_0, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("from_prediction", [False, True])
+def test_the_true_output_gives_the_data(from_prediction: bool) -> None:
+    sigma = 0.5 if from_prediction else 1.0
+    flow = Flow(shift=1.0, from_prediction=from_prediction, sigma=sigma)
+    x_0, prediction, noise = (double(*SHAPE, seed=seed) for seed in range(3))
+    x_1 = flow.source(prediction, noise)
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    x_t = flow.interpolate(x_0, x_1, t)
+    output = flow.target(x_0, x_1, prediction)
+    estimate = flow.output_to_data(output, x_t, prediction, t)
+    torch.testing.assert_close(estimate, x_0, rtol=0, atol=1e-12)
+
+
 def test_a_residual_of_zero_flows_to_the_prediction() -> None:
     flow = Flow(shift=1.0, from_prediction=True, sigma=0.5)
     prediction, noise = double(*SHAPE), double(*SHAPE, seed=1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import skimage.data
+import torch
+import torchvision
 import webdataset as wds
 from PIL import Image
 
@@ -33,3 +35,14 @@ def training_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     {"__key__": key, "jpg": buffer.getvalue(), "txt": CAPTIONS[number % 3]}
                 )
     return folder
+
+
+@pytest.fixture
+def random_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SqueezeNet's weights are random instead of fetched; all the rest is the real thing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = torchvision.models.squeezenet1_1().state_dict()
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *args, **kwargs: state
+    )

@@ -152,3 +152,32 @@ def test_unknown_keys_are_refused(
     with pytest.raises(SystemExit):
         run.fit(["autoencoder.yaml"], "x", 1, "--model.autoencoder.widht=8")
     assert "widht" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_exported_anew(trained: Run) -> None:
+    """Lightning would skip the callbacks that put averages in place."""
+    with pytest.raises(ValueError, match="convert"):
+        trained.fit(
+            ["stage2.yaml"],
+            "s2",
+            2,
+            f"--vars.tokenizer={trained.model('s1')}",
+            "--ckpt_path=auto",
+            *_FLOW,
+        )
+
+
+def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run) -> None:
+    entropy = [f"--vars.autoencoder={trained.model('ae')}", *_ENTROPY]
+    with pytest.raises(ValueError, match="does not exist"):
+        trained.fit(["stage1.yaml"], "s1-x", 6, "--ckpt_path=nowhere.ckpt", *entropy)
+    other = trained.root / "s2" / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match="another stage or architecture"):
+        trained.fit(["stage1.yaml"], "s1-x", 6, f"--ckpt_path={other}", *entropy)
+
+
+def test_auto_starts_afresh_without_a_checkpoint(trained: Run) -> None:
+    small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
+    trainer = trained.fit(["autoencoder.yaml"], "ae-fresh", 1, "--ckpt_path=auto", *small)
+    assert trainer.global_step == 1
+    assert (trained.model("ae-fresh") / "training.yaml").is_file()

@@ -13,6 +13,7 @@ from percov2.data.laion import Batch
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.sampler import Tiling
 from percov2.training import AutoencoderStage, EntropyStage, FlowStage
+from percov2.training.adaptation import FullFinetune
 from percov2.training.flow_start import FromModel
 from percov2.training.optimization import Optimization
 from tests.tiny_codec import save_tiny, tiny_tokenizer
@@ -55,7 +56,7 @@ def entropy_stage(directory: Path, *, tokenizer_steps: int, masked_from: int) ->
     parts = tiny_tokenizer()
     parts.save(directory)
     return EntropyStage(
-        autoencoder=directory,
+        autoencoder=str(directory),
         hyper_encoder=parts.hyper_encoder,
         quantizer=parts.quantizer,
         latent_decoder=parts.latent_decoder,
@@ -70,24 +71,35 @@ def entropy_stage(directory: Path, *, tokenizer_steps: int, masked_from: int) ->
     ).train()
 
 
-def flow_stage(directory: Path, *, train_tokenizer: bool, from_prediction: bool) -> FlowStage:
+def flow_stage(
+    directory: Path,
+    *,
+    train_tokenizer: bool,
+    from_prediction: bool,
+    lpips_weight: float = 0.0,
+    train_text_encoders: bool = True,
+    caption_dropout: float = 0.1,
+) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
     stage = FlowStage(
         tokenizer=directory,
         start=FromModel(directory=directory),
+        adaptation=FullFinetune(),
         flow=flow,
         tiling=Tiling(size=8, overlap=2),
         optimization=FAST,
         name="test",
         schedule="quincunx",
-        caption_dropout=0.1,
+        caption_dropout=caption_dropout,
         train_tokenizer=train_tokenizer,
-        train_text_encoders=True,
+        train_text_encoders=train_text_encoders,
         default_steps=2,
         default_guidance=1.0,
+        lpips_weight=lpips_weight,
+        lpips_net="squeeze",
     ).train()
-    stage.on_train_epoch_start()
+    stage.on_train_start()
     return stage
 
 
@@ -131,7 +143,7 @@ def test_the_pixel_error_reaches_the_tokenizer_through_the_frozen_decoder(
     with_pixels, _ = stage._tokenizer_loss(batch["image"], latents)
     prediction = stage.latent_decoder(stage.quantizer(stage.hyper_encoder(latents)).features)
     error = (stage.autoencoder.decode(prediction) - batch["image"]).square().mean()
-    assert float(with_pixels - without) == pytest.approx(3 * float(error), rel=1e-4)
+    assert (with_pixels - without).item() == pytest.approx(3 * error.item(), rel=1e-4)
     (with_pixels - without).backward()
     assert any(p.grad.abs().sum() > 0 for p in stage.hyper_encoder.parameters())
     assert all(p.grad is None for p in stage.autoencoder.parameters())
@@ -203,6 +215,80 @@ def test_flow_stage_with_a_joint_tokenizer_trains_all(batch: Batch, tmp_path: Pa
         assert _without_gradient(stage.parts.modules()[part]) == [], part
     assert all(p.grad is None for p in stage.parts.autoencoder.parameters())
     assert not torch.equal(stage.parts.quantizer.codebook, codebook)
+
+
+@pytest.mark.usefixtures("random_backbone")
+@pytest.mark.parametrize("from_prediction", [False, True])
+def test_lpips_reaches_the_transformer_through_the_decoder(
+    batch: Batch, tmp_path: Path, from_prediction: bool
+) -> None:
+    stage, plain = (
+        flow_stage(
+            tmp_path / str(weight),
+            train_tokenizer=False,
+            from_prediction=from_prediction,
+            lpips_weight=weight,
+        )
+        for weight in (1.0, 0.0)
+    )
+    difference = stage.training_step(batch, 0) - plain.training_step(batch, 0).detach()
+    assert difference.item() > 1e-3  # the distance itself
+    gradients = []
+    for model in (stage, plain):
+        model.training_step(batch, 0).backward()
+        gradients.append(model.transformer.proj_out.weight.grad)
+    assert not torch.allclose(*gradients, rtol=1e-3)
+    assert stage.state_dict().keys() == plain.state_dict().keys()
+    stage.eval()
+    assert torch.equal(stage.training_step(batch, 0), plain.eval().training_step(batch, 0))
+
+
+@pytest.mark.parametrize("caption_dropout", [0.0, 0.5, 1.0])
+def test_cached_latents_and_text_give_the_same_loss(
+    batch: Batch, tmp_path: Path, caption_dropout: float
+) -> None:
+    stage = flow_stage(
+        tmp_path,
+        train_tokenizer=False,
+        from_prediction=True,
+        train_text_encoders=False,
+        caption_dropout=caption_dropout,
+    )
+    text, empty = (stage.text_conditioner(captions) for captions in (batch["caption"], [""]))
+    cached = Batch(
+        latents=stage.parts.autoencoder.encode(batch["image"]),
+        caption=batch["caption"],
+        key=batch["key"],
+        text_embeddings=text.embeddings,
+        text_pooled=text.pooled,
+        empty_embeddings=empty.embeddings[0],
+        empty_pooled=empty.pooled[0],
+    )
+    # Text of a whole batch and of one caption differ by float32 rounding.
+    expected = stage.training_step(batch, 0)
+    assert torch.allclose(stage.training_step(cached, 0), expected, rtol=1e-5)
+    if caption_dropout:
+        del cached["empty_embeddings"]
+        if caption_dropout == 1.0:
+            with pytest.raises(ValueError, match="empty_text"):
+                stage.training_step(cached, 0)
+
+
+def test_a_cache_that_does_not_suit_is_refused(batch: Batch, tmp_path: Path) -> None:
+    stage = flow_stage(tmp_path / "flow", train_tokenizer=False, from_prediction=True)
+    text = stage.text_conditioner(batch["caption"])
+    latents = stage.parts.autoencoder.encode(batch["image"])
+    cached = Batch(latents=latents, caption=batch["caption"], key=batch["key"])
+    with pytest.raises(ValueError, match="--images true"):
+        stage.validation_step(cached, 0)
+    cached["text_embeddings"], cached["text_pooled"] = text.embeddings, text.pooled
+    with pytest.raises(ValueError, match="train_text_encoders"):
+        stage.training_step(cached, 0)
+    entropy = entropy_stage(tmp_path / "entropy", tokenizer_steps=1, masked_from=1)
+    with pytest.raises(ValueError, match="pixel_weight"):
+        entropy.training_step(cached, 0)
+    entropy.pixel_weight = 0.0
+    assert entropy.training_step(cached, 0).requires_grad
 
 
 def test_flow_loss_does_not_depend_on_how_samples_are_batched(batch: Batch, tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""What users read when a configuration is wrong."""
+
+from __future__ import annotations
+
+from percov2.training.config_errors import explain
+
+NESTED = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'percov2.training.AutoencoderStage':
+        Parser key "autoencoder":
+          Problem with given class_path 'percov2.analysis.autoencoder.PatchAutoencoder':
+            {leaf}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>"""
+
+
+def test_an_unknown_option_of_a_nested_class_names_field_class_and_neighbour() -> None:
+    line = explain(NESTED.format(leaf="Option 'widht' is not accepted"), [])
+    assert line == (
+        "model.autoencoder (percov2.analysis.autoencoder.PatchAutoencoder) has no option 'widht', "
+        "the nearest known name is 'width'"
+    )
+
+
+def test_a_wrong_type_names_the_field_and_the_type() -> None:
+    leaf = "Parser key \"width\":\n              Expected a <class 'int'>. Got value: wide"
+    line = explain(NESTED.format(leaf=leaf), [])
+    assert line == "model.autoencoder.width: expected a <class 'int'>. Got value: wide"
+
+
+def test_an_unknown_option_of_a_group() -> None:
+    line = explain(
+        "Group 'trainer' does not accept option 'max_stepz'", ["trainer.max_steps", "vars.max"]
+    )
+    assert line == "trainer has no option 'max_stepz', the nearest known name is 'max_steps'"
+
+
+def test_an_unknown_option_of_the_command_line() -> None:
+    line = explain("unrecognized arguments: --trainer.max_stepz=3", ["trainer.max_steps", "x"])
+    assert line == "no option --trainer.max_stepz, the nearest known name is 'trainer.max_steps'"
+
+
+def test_an_unknown_form_is_passed_on_in_one_line() -> None:
+    assert explain("something\n  else", ["a"]) == "something else"
+
+
+def test_a_class_s_own_refusal_stands_alone() -> None:
+    message = (
+        "Does not validate against any of the Union subtypes\n"
+        "Subtypes: [<class 'LightningDataModule'>, <class 'NoneType'>]\nErrors:\n"
+        "  - no shard matches 'x*.tar':\n    give the path of .tar files\n"
+        "  - Expected a <class 'NoneType'>\nGiven value type: <class 'Namespace'>"
+    )
+    assert explain(message, []) == "no shard matches 'x*.tar': give the path of .tar files"
