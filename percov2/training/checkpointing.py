@@ -7,11 +7,13 @@ temporary lies beside its target, reaches the disk, and then takes the name in o
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,47 @@ from percov2.files import atomic_path
 
 SUFFIX = ".ckpt"
 _REPLACED = ".replaced"
+_RECORD = "percov2.json"
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """`percov2.json` of a sharded checkpoint: what must fit when it is resumed.
+
+    Attributes:
+        zero_stage: 1, 2 or 3.
+        processes: number of shards.
+        stage: class name of the LightningModule.
+        shapes: of all weights and buffers, unsharded.
+    """
+
+    zero_stage: int
+    processes: int
+    stage: str
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> ShardRecord:
+        """From a sharded checkpoint.
+
+        Raises:
+            ValueError: it has none.
+        """
+        try:
+            fields = json.loads((checkpoint / _RECORD).read_text(encoding="utf-8"))
+            shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
+            return cls(shapes=shapes, **fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{checkpoint} is not a sharded checkpoint of percov2.fit ({error}): choose the "
+                f"folder that holds {_RECORD}"
+            ) from error
+
+    def write(self, checkpoint: Path) -> None:
+        """Into a sharded checkpoint."""
+        text = json.dumps(asdict(self)) + "\n"
+        (checkpoint / _RECORD).write_text(text, encoding="utf-8")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,13 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from percov2.training.callbacks.export import Exportable
-from percov2.training.checkpointing import compare_shapes, read_checkpoint, shapes_of
-from percov2.training.strategy import AVERAGE, WEIGHTS, ShardRecord
+from percov2.training.checkpointing import (
+    ShardRecord,
+    compare_shapes,
+    read_checkpoint,
+    shapes_of,
+)
+from percov2.training.strategy import AVERAGE, WEIGHTS
 
 Which = Literal["average", "trained"]
 
@@ -88,9 +94,10 @@ def _merge_shards(checkpoint: Path, which: Which) -> dict[str, Tensor]:
         for file in files:
             (joined / file.name).symlink_to(file.resolve())
         try:
-            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-                folder, tag=joined.name
-            )
+            with redirect_stdout(sys.stderr):  # where DeepSpeed's progress belongs
+                merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+                    folder, tag=joined.name
+                )
         except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
             raise ValueError(f"{checkpoint} is damaged ({error}): choose another") from error
     return merged

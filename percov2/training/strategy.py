@@ -8,9 +8,7 @@ A process's part of the masters is its *shard*: one flat tensor per group of par
 from __future__ import annotations
 
 import copy
-import json
 import os
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from percov2.training.autoencoder_stage import AutoencoderStage
 from percov2.training.checkpointing import (
     AtomicCheckpointIO,
+    ShardRecord,
     compare_shapes,
     explain_failed_save,
     hidden_path,
@@ -40,41 +39,6 @@ AVERAGE = "average"
 """Key of the weights' average in a checkpoint, and its folder in a sharded one."""
 WEIGHTS = "checkpoint"
 """Lightning's name for the folder of DeepSpeed's files in a sharded checkpoint."""
-_RECORD = "percov2.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """`percov2.json` of a sharded checkpoint: what must fit for a resume.
-
-    Attributes:
-        zero_stage: 1, 2 or 3.
-        processes: number of shards.
-        stage: class name of the LightningModule.
-        shapes: of all weights and buffers, unsharded.
-    """
-
-    zero_stage: int
-    processes: int
-    stage: str
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def read(cls, checkpoint: Path) -> ShardRecord:
-        """From a sharded checkpoint.
-
-        Raises:
-            ValueError: it has none.
-        """
-        try:
-            fields = json.loads((checkpoint / _RECORD).read_text(encoding="utf-8"))
-            shapes = {name: tuple(shape) for name, shape in fields.pop("shapes").items()}
-            return cls(shapes=shapes, **fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{checkpoint} is not a sharded checkpoint of percov2.fit ({error}): choose the "
-                f"folder that holds {_RECORD}"
-            ) from error
 
 
 class AutocastPrecision(DeepSpeedPrecision):
@@ -280,8 +244,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 (hidden / AVERAGE).mkdir(exist_ok=True)
                 torch.save(self._shards_as_deepspeed_has_them(average), self._average_file(hidden))
             if self.is_global_zero:
-                record = json.dumps(asdict(self._record())) + "\n"
-                (hidden / _RECORD).write_text(record, encoding="utf-8")
+                self._record().write(hidden)
             self.barrier()
             if self.local_rank == 0:
                 sync_files(hidden)

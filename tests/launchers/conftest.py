@@ -25,14 +25,17 @@ def _install() -> str:
         return f"{', '.join(_missing())} missing, and only root can install slurm-wlm with apt-get"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in ("update -q", "install -q -y --no-install-recommends slurm-wlm munge"):
-        done = subprocess.run(
-            ["apt-get", *command.split()],
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        try:
+            done = subprocess.run(
+                ["apt-get", *command.split()],
+                env=environment,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+        except subprocess.TimeoutExpired:
+            return f"apt-get {command}: no answer within 4 minutes"
         if done.returncode:
             return f"apt-get {command}: {done.stderr.strip()}"
     return f"{_missing()} missing in slurm-wlm and munge" if _missing() else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from percov2.training import strategy as strategy_module
+from percov2.training.checkpointing import ShardRecord
 from percov2.training.strategy import (
-    ShardRecord,
     ZeroStrategy,
     _put,
     _without_weights,
@@ -49,7 +47,7 @@ def _sharded(path: Path, **fields: Any) -> Path:
         **{"zero_stage": 2, "processes": 2, "stage": "BoringModel", "shapes": shapes, **fields}
     )
     path.mkdir()
-    (path / "percov2.json").write_text(json.dumps(asdict(record)))
+    record.write(path)
     assert ShardRecord.read(path) == record
     return path
 
