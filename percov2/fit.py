@@ -15,9 +15,9 @@ import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from percov2.training.callbacks import ExportModel
-from percov2.training.checkpointing import resolve_checkpoint
+from percov2.training.checkpointing import AtomicCheckpointIO, resolve_checkpoint
 from percov2.training.config_errors import explain
-from percov2.training.strategy import check_checkpoint
+from percov2.training.strategy import ZeroStrategy, check_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,8 @@ def main(args: list[str] | None = None) -> L.Trainer:
     cli = FitCLI(args)
     folder = Path(cli.config.vars.run) / "checkpoints"
     checkpoint = resolve_checkpoint(cli.config.ckpt_path, folder)
+    if not isinstance(cli.trainer.strategy, ZeroStrategy):
+        cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if checkpoint is not None:
         check_checkpoint(checkpoint, cli.model, cli.trainer)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from percov2.data.laion import Batch
 from percov2.training.strategy import master_weights
 
+# An earlier run in the tests' own process leaves these behind, and still holds the port.
+_RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK")
 ROOT = Path(__file__).parents[2]
 _CAPTIONS = ("a dog runs along the beach", "the red barn", "", "two children play in the sand")
 
@@ -175,6 +177,8 @@ def flow_config(run: Path, *, model: Path, steps: int) -> dict[str, Any]:
 def start_fit(config: Path, options: Sequence[str] = ()) -> subprocess.Popen[str]:
     """Start ``python -m percov2.fit`` in a process group of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0"}
+    for name in _RENDEZVOUS:
+        env.pop(name, None)
     return subprocess.Popen(
         [sys.executable, "-m", "percov2.fit", f"--config={config}", *options],
         cwd=ROOT,
