@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 FIT := $(BIN)/python -m percov2.fit --config
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint format types train-tiny figures clean
+.PHONY: help venv demo test test-slow test-gpu lint format types golden train-tiny figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,16 +57,24 @@ format: $(INSTALLED) ## mend style and formatting in place
 types: $(INSTALLED) ## check the type annotations
 	$(BIN)/mypy
 
+golden: $(INSTALLED) ## freeze a model and streams into tests/golden (refuses to replace them)
+	$(BIN)/python -m tests.golden.make
+
 train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards and captions)
 	$(FIT) configs/tiny/autoencoder.yaml
 	$(FIT) configs/tiny/stage1.yaml
+	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml
 	$(FIT) configs/tiny/stage2.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
+	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml \
+		--config configs/tiny/masked.yaml --config configs/tiny/low/masked.yaml
 	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/low/stage2.yaml
 
-figures: $(INSTALLED) ## measure the presets on Kodak (KODAK=DIR)
+figures: $(INSTALLED) ## measure tiny and its competitors on Kodak (KODAK=DIR)
 	$(if $(KODAK),,$(error KODAK is not set: run `make figures KODAK=DIR` with the folder of the Kodak images))
-	$(BIN)/python benchmarks/kodak.py --data $(KODAK)
+	$(BIN)/percov2 evaluate --data kodak=$(KODAK) --output runs/kodak --steps 4 \
+		--competitors webp,avif --rates same,2x \
+		--metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
 
 clean: ## remove caches and build products (keeps .venv and runs)
 	rm -rf build dist *.egg-info demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The command line: ``percov2 compress | decompress | info``.
+"""The command line: ``percov2 compress | decompress | truncate | info | evaluate | doctor``.
 
 Errors that a user can mend are one line on standard error and exit code 2; a folder in which
 some files failed ends with exit code 1. Heavy imports happen when a command needs them.
@@ -13,13 +13,18 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from percov2 import __version__
-from percov2.bitstream import Stream
+from percov2.bitstream import Stream, is_intact
+from percov2.evaluation.command import add_evaluate
 from percov2.files import atomic_path, list_files, list_images
-from percov2.inspection import GENERATED_NOTE, info, png_metadata
+from percov2.inspection import GENERATED_NOTE, describe, info, png_metadata
+from percov2.messages import one_line
 from percov2.model_store import preset_names, resolve_stream_model
+
+if TYPE_CHECKING:
+    from percov2.codec import Codec
 
 STREAM_SUFFIX = ".pcv2"
 EXIT_SOME_FAILED = 1
@@ -46,16 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
     except _REPORTED as error:
-        print(f"percov2: {_one_line(error)}", file=sys.stderr)
+        print(f"percov2: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("percov2: interrupted", file=sys.stderr)
         return 130
     return code
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_compress(commands)
     _add_decompress(commands)
+    _add_truncate(commands)
     _add_info(commands)
+    _add_doctor(commands)
+    add_evaluate(commands)
     return parser
 
 
@@ -113,6 +117,18 @@ def _add_compress(commands: Any) -> None:
         help="send the first K token groups only; the decoder invents the rest",
     )
     parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="the file's largest size: leaves out the caption, then groups, until it fits",
+    )
+    parser.add_argument(
+        "--entropy",
+        choices=("model", "uniform"),
+        default="model",
+        help="uniform: code the tokens without the masked model, decodable with the codebook alone",
+    )
+    parser.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="let a captioner of the hub run its own code (Molmo needs it)",
@@ -130,7 +146,37 @@ def _add_decompress(commands: Any) -> None:
         "--guidance", type=float, metavar="G", help="caption guidance, 1 is off (default: model's)"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of the noise (default: the file's)")
+    parser.add_argument(
+        "--allow-truncated",
+        action="store_true",
+        help="decode what is left of a cut stream, unverified; the rest is invented",
+    )
     parser.set_defaults(run=_decompress)
+
+
+def _add_truncate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "truncate", help="keep the first token groups of a .pcv2", description="Truncate."
+    )
+    parser.add_argument("input", type=Path, metavar="IN", help=".pcv2 file, or folder of them")
+    parser.add_argument("output", type=Path, metavar="OUT", help=".pcv2 file, or folder")
+    parser.add_argument(
+        "--steps", type=int, metavar="K", required=True, help="token groups to keep"
+    )
+    _add_model_options(parser, default=None)
+    parser.set_defaults(run=_truncate)
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check that this machine decodes exactly",
+        description="Compute known probabilities and compare them bit by bit.",
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="cpu, cuda, ... (default: cpu)"
+    )
+    parser.set_defaults(run=_doctor)
 
 
 def _add_info(commands: Any) -> None:
@@ -149,10 +195,15 @@ def _compress(args: argparse.Namespace) -> int:
     codec = Codec.from_pretrained(args.model, **_load_options(args), captioner=_captioner(args))
 
     def one(source: Path, target: Path) -> dict[str, Any]:
-        data = codec.compress(source, schedule_steps=args.schedule_steps)
+        data = codec.compress(
+            source,
+            schedule_steps=args.schedule_steps,
+            max_bytes=args.max_bytes,
+            uniform=args.entropy == "uniform",
+        )
         with atomic_path(target) as temporary:
             temporary.write_bytes(data)
-        return info(data, model=str(codec.summary.directory))
+        return describe(data, codec.summary)
 
     return _run(args, one, list_images, STREAM_SUFFIX)
 
@@ -168,12 +219,60 @@ def _captioner(args: argparse.Namespace) -> Any:
 
 
 def _decompress(args: argparse.Namespace) -> int:
-    from percov2.codec import Codec, check_sampling
+    from percov2.codec import check_sampling
     from percov2.images import write_png
 
     _check_paths(args, ".png")
     check_sampling(steps=args.steps, guidance=args.guidance, seed=args.seed)
     _quieten_libraries()
+    codec_of = _codec_loader(args)
+
+    def one(source: Path, target: Path) -> dict[str, Any]:
+        data = source.read_bytes()
+        codec = codec_of(data)
+        image = codec.decompress(
+            data,
+            steps=args.steps,
+            guidance=args.guidance,
+            seed=args.seed,
+            allow_truncated=args.allow_truncated,
+        )
+        verified = is_intact(data)
+        description = {**describe(data, codec.summary, verify=verified), "verified": verified}
+        metadata = {"Software": f"percov2 {__version__}", **png_metadata(description)}
+        write_png(target, image, metadata)
+        return description
+
+    return _run(args, one, _list_streams, ".png")
+
+
+def _truncate(args: argparse.Namespace) -> int:
+    _check_paths(args, STREAM_SUFFIX)
+    _quieten_libraries()
+    codec_of = _codec_loader(args)
+
+    def one(source: Path, target: Path) -> dict[str, Any]:
+        data = source.read_bytes()
+        codec = codec_of(data)
+        shorter = codec.truncate(data, schedule_steps=args.steps)
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(shorter)
+        return describe(shorter, codec.summary)
+
+    return _run(args, one, _list_streams, STREAM_SUFFIX)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from percov2.entropy.self_test import run
+
+    print(run(args.device))
+    return 0
+
+
+def _codec_loader(args: argparse.Namespace) -> Callable[[bytes], Codec]:
+    """Which codec reads a stream: the one named, or the preset that wrote it."""
+    from percov2.codec import Codec
+
     codecs: dict[str, Codec] = {}
 
     def load(model: str) -> Codec:
@@ -184,16 +283,11 @@ def _decompress(args: argparse.Namespace) -> int:
     if args.model is not None:
         load(args.model)
 
-    def one(source: Path, target: Path) -> dict[str, Any]:
-        data = source.read_bytes()
-        codec = load(args.model or resolve_stream_model(Stream.from_bytes(data).model_id))
-        image = codec.decompress(data, steps=args.steps, guidance=args.guidance, seed=args.seed)
-        description = info(data, model=str(codec.summary.directory))
-        metadata = {"Software": f"percov2 {__version__}", **png_metadata(description)}
-        write_png(target, image, metadata)
-        return description
+    def codec_of(data: bytes) -> Codec:
+        model_id = Stream.from_bytes(data, verify=False).model_id
+        return load(args.model or resolve_stream_model(model_id))
 
-    return _run(args, one, _list_streams, ".png")
+    return codec_of
 
 
 def _load_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -275,7 +369,7 @@ def _run_folder(
             target.parent.mkdir(parents=True, exist_ok=True)
             result = one(source, target)
         except _REPORTED as error:
-            failures.append({"input": str(source), "error": _one_line(error)})
+            failures.append({"input": str(source), "error": one_line(error)})
             continue
         written[target] = source
         results.append({"input": str(source), "output": str(target), **result})

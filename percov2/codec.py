@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from percov2.analysis.captioner import Captioner, NoCaptioner
-from percov2.bitstream import BitstreamError, Stream
+from percov2.bitstream import BitstreamError, Stream, is_intact
 from percov2.components import CodecComponents
 from percov2.data.transforms import image_to_tensor, tensor_to_image
-from percov2.entropy.caption_coder import decode_caption, encode_caption
+from percov2.entropy.caption_coder import CaptionCoder
+from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
+from percov2.entropy.schedules import num_groups
 from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.images import check_size, read_image, to_srgb
+from percov2.inspection import describe
 from percov2.model_store import ModelSummary, resolve_model
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
@@ -59,7 +62,6 @@ class Codec:
 
     Args:
         components: all networks and the configuration.
-        directory: where they were loaded from.
         device: of the networks.
         offload: keep the flow transformer and the text encoders on the CPU while unused.
         captioner: writes the caption where `compress` is given none.
@@ -68,7 +70,6 @@ class Codec:
     def __init__(
         self,
         components: CodecComponents,
-        directory: Path,
         *,
         device: str | torch.device = "cpu",
         offload: bool = False,
@@ -76,7 +77,12 @@ class Codec:
     ) -> None:
         self.config = components.config
         self.components = components
-        self.summary = ModelSummary.read(directory)
+        self.summary = ModelSummary(
+            name=self.config.name,
+            model_id=self.config.model_id,
+            schedule=self.config.schedule,
+            latents_per_token=self.config.latents_per_token,
+        )
         self.device = torch.device(device)
         self.offload = offload
         self.captioner: Captioner = NoCaptioner() if captioner is None else captioner
@@ -86,8 +92,10 @@ class Codec:
         if not offload:
             components.transformer.to(self.device)
             components.text_conditioner.to(self.device)
-        self._coder = TokenCoder(
-            None if self.config.schedule == "uniform" else parts.masked_transformer,
+        self._captions = CaptionCoder.shipped()
+        self._coder = parts.token_coder(self.config.schedule, device=self.device)
+        self._portable_coder = TokenCoder(
+            None,
             schedule=self.config.schedule,
             codebook_size=parts.quantizer.codebook_size,
         )
@@ -118,10 +126,9 @@ class Codec:
         torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16 or float16")
-        directory = resolve_model(model)
-        components = CodecComponents.load(directory, dtype=torch_dtype)
+        components = CodecComponents.load(resolve_model(model), dtype=torch_dtype)
         try:
-            return cls(components, directory, device=device, offload=offload, captioner=captioner)
+            return cls(components, device=device, offload=offload, captioner=captioner)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
@@ -144,7 +151,13 @@ class Codec:
     # -- image -> bytes ------------------------------------------------------------------------
 
     def compress(
-        self, image: ImageInput, *, caption: str | None = None, schedule_steps: int | None = None
+        self,
+        image: ImageInput,
+        *,
+        caption: str | None = None,
+        schedule_steps: int | None = None,
+        max_bytes: int | None = None,
+        uniform: bool = False,
     ) -> bytes:
         """Photograph to the bytes of a `.pcv2` file. The same input gives the same bytes.
 
@@ -153,9 +166,13 @@ class Codec:
             caption: text to store; None asks the captioner, "" stores none.
             schedule_steps: send only the first so many token groups; the decoder invents the
                 rest (hybrid mode). None sends all.
+            max_bytes: the file's largest size. What does not fit is left out: first the caption,
+                then token groups from the last one on.
+            uniform: code the tokens without the masked model (portable mode): larger, and
+                decodable with the codebook alone.
 
         Raises:
-            ValueError: not an image, its size, the caption, or the steps.
+            ValueError: not an image, its size, the caption, the steps, or nothing fits.
         """
         picture = _to_picture(image)
         total = self.summary.steps_total(*picture.size)
@@ -166,15 +183,64 @@ class Codec:
                 f"{total} groups in model {self.config.name}, choose 1 to {total}"
             )
         text = self.captioner.caption(picture) if caption is None else caption
-        mode, coded_caption = encode_caption(text)
+        tokens = self.encode_tokens(picture)
+
+        def write(steps: int, text: str) -> bytes:
+            return self._write(tokens, picture.size, text, steps=steps, uniform=uniform)
+
+        data = write(steps, text)
+        if max_bytes is None or len(data) <= max_bytes:
+            return data
+        data = _largest_that_fits(write, steps, text, max_bytes)
+        described = describe(data, self.summary)
+        logger.warning(
+            "to fit %d bytes: %d of %d groups, %s",
+            max_bytes,
+            described["steps_sent"],
+            total,
+            "with caption" if described["caption"] else "no caption",
+        )
+        return data
+
+    def truncate(self, data: bytes, *, schedule_steps: int) -> bytes:
+        """A stream with the first token groups of another; no pixel is decoded.
+
+        Args:
+            data: the file's bytes.
+            schedule_steps: groups to keep, at least 1.
+
+        Raises:
+            BitstreamError: not a stream of this model, or damaged.
+            ValueError: the stream does not have so many groups.
+        """
+        stream = self._parse(data)
+        caption, tokens = self._read(stream)
+        sent = self._steps_sent(stream)
+        if not 1 <= schedule_steps <= sent:
+            raise ValueError(
+                f"schedule steps is {schedule_steps}: the stream has {sent} groups, choose 1 to "
+                f"{sent}"
+            )
+        size = (stream.width, stream.height)
+        return self._write(tokens, size, caption, steps=schedule_steps, uniform=stream.uniform)
+
+    def _write(
+        self, tokens: Tokens, size: tuple[int, int], caption: str, *, steps: int, uniform: bool
+    ) -> bytes:
+        """Tokens (r, c) and caption to the bytes of a file."""
+        encoder = RangeEncoder()
+        if caption:
+            self._captions.encode(caption, encoder)
+        coder = self._portable_coder if uniform else self._coder
+        coder.write(encoder, tokens, steps=steps)
         return Stream(
             model_id=self.config.model_id,
-            width=picture.width,
-            height=picture.height,
-            steps_sent=steps,
-            caption_mode=mode,
-            caption=coded_caption,
-            tokens=self._coder.encode(self.encode_tokens(picture), steps=steps),
+            width=size[0],
+            height=size[1],
+            steps_sent=None if steps == self.summary.steps_total(*size) else steps,
+            has_caption=bool(caption),
+            uniform=uniform,
+            payload=encoder.finish(),
         ).to_bytes()
 
     @torch.no_grad()
@@ -200,7 +266,7 @@ class Codec:
         Raises:
             BitstreamError: not a stream of this model, or damaged.
         """
-        return self._decode_tokens(self._parse(data))
+        return self._read(self._parse(data))[1]
 
     def decompress(
         self,
@@ -209,6 +275,7 @@ class Codec:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | None = None,
+        allow_truncated: bool = False,
     ) -> Image.Image:
         """Bytes of a `.pcv2` file to an RGB picture of the original's size.
 
@@ -218,6 +285,9 @@ class Codec:
             guidance: classifier-free guidance, at least 0, 1 is off; None is the default.
             seed: of the noise, 0 to 2**64 - 1; None derives it from the file, so that decoding
                 twice gives the same picture.
+            allow_truncated: decode what is there of a stream whose end is missing: the groups
+                that its bytes determine; the rest is sampled. The checksum of a cut stream does
+                not hold, so that the picture is unverified.
 
         Raises:
             BitstreamError: not a stream of this model, or damaged.
@@ -227,16 +297,17 @@ class Codec:
         guidance = self.config.default_guidance if guidance is None else guidance
         seed = zlib.crc32(data) if seed is None else seed
         check_sampling(steps=steps, guidance=guidance, seed=seed)
-        stream = self._parse(data)
-        tokens = self._coder.fill(self._decode_tokens(stream), seed=seed)
-        caption = decode_caption(stream.caption_mode, stream.caption)
+        cut = allow_truncated and not is_intact(data)
+        stream = self._parse(data, verify=not cut)
+        caption, tokens = self._read_cut(stream) if cut else self._read(stream)
+        tokens = self._coder.fill(tokens, seed=seed)
         latents = self._paint(tokens, caption, steps=steps, guidance=guidance, seed=seed)
         with torch.no_grad():
             image = self.components.tokenizer.autoencoder.decode(latents)[0]
         return tensor_to_image(image[:, : stream.height, : stream.width])
 
-    def _parse(self, data: bytes) -> Stream:
-        stream = Stream.from_bytes(data)
+    def _parse(self, data: bytes, *, verify: bool = True) -> Stream:
+        stream = Stream.from_bytes(data, verify=verify)
         if stream.model_id != self.config.model_id:
             raise BitstreamError(
                 f"stream was written by model {stream.model_id:#06x}, this is "
@@ -244,9 +315,50 @@ class Codec:
             )
         return stream
 
-    def _decode_tokens(self, stream: Stream) -> Tokens:
+    def _steps_sent(self, stream: Stream) -> int:
+        if stream.steps_sent is not None:
+            return stream.steps_sent
+        return self.summary.steps_total(stream.width, stream.height)
+
+    def _read(self, stream: Stream) -> tuple[str, Tokens]:
+        """Caption and tokens (r, c) of a stream, -1 where a group was not sent."""
+        decoder = RangeDecoder(stream.payload)
+        caption = self._captions.decode(decoder) if stream.has_caption else ""
+        coder = self._portable_coder if stream.uniform else self._coder
         rows, cols = self.summary.token_grid(stream.width, stream.height)
-        return self._coder.decode(stream.tokens, rows, cols, steps=stream.steps_sent)
+        return caption, coder.read(decoder, rows, cols, steps=self._steps_sent(stream))
+
+    def _read_cut(self, stream: Stream) -> tuple[str, Tokens]:
+        """What the bytes of a cut stream determine."""
+        decoders = RangeDecoder(stream.payload), RangeDecoder(stream.payload, fill=0xFF)
+        caption = self._read_cut_caption(decoders) if stream.has_caption else ""
+        coder = self._portable_coder if stream.uniform else self._coder
+        rows, cols = self.summary.token_grid(stream.width, stream.height)
+        tokens = coder.read_cut(decoders, rows, cols, steps=self._steps_sent(stream))
+        groups = coder.groups(rows, cols)
+        whole = len(np.unique(groups[tokens >= 0]))
+        if not whole:
+            raise BitstreamError(
+                f"truncated stream: its {len(stream.payload)} bytes of payload do not hold the "
+                "first group of tokens"
+            )
+        logger.warning(
+            "truncated stream: %d of %d groups are whole, the rest is invented; unverified",
+            whole,
+            num_groups(groups),
+        )
+        return caption, tokens
+
+    def _read_cut_caption(self, decoders: tuple[RangeDecoder, RangeDecoder]) -> str:
+        try:
+            texts = {self._captions.decode(decoder) for decoder in decoders}
+        except BitstreamError:  # what lies behind the cut need not be decodable
+            texts = set()
+        if len(texts) != 1:
+            raise BitstreamError(
+                "truncated stream: the cut is within its caption, nothing can be shown"
+            )
+        return texts.pop()
 
     @torch.no_grad()
     def _paint(
@@ -268,7 +380,8 @@ class Codec:
                 for i in range(2)
             )
             velocity = tiled(guided(conditional, unconditional, guidance), self.config.tiling)
-            return sample(flow, velocity, condition, flow.source(prediction, noise), steps=steps)
+            source = flow.sampling_source(prediction, noise)
+            return sample(flow, velocity, condition, source, steps=steps)
 
     @contextmanager
     def _in_use(self, module: nn.Module) -> Iterator[Any]:
@@ -281,6 +394,26 @@ class Codec:
             yield module
         finally:
             module.to("cpu")
+
+
+def _largest_that_fits(
+    write: Callable[[int, str], bytes], steps: int, text: str, max_bytes: int
+) -> bytes:
+    """The stream with the most groups, then the caption, of at most ``max_bytes``.
+
+    Raises:
+        ValueError: not even one group fits.
+    """
+    smallest = b""
+    for kept in range(steps, 0, -1):
+        for caption in dict.fromkeys((text, "")):
+            smallest = write(kept, caption)
+            if len(smallest) <= max_bytes:
+                return smallest
+    raise ValueError(
+        f"nothing fits in {max_bytes} bytes: the first group alone takes {len(smallest)}; allow "
+        "more bytes, or use a model of a lower rate"
+    )
 
 
 def _velocity(flow: Flow, transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:

@@ -25,8 +25,11 @@ from percov2.analysis.autoencoder import (
 )
 from percov2.analysis.hyper_encoder import HyperEncoder
 from percov2.analysis.vector_quantizer import VectorQuantizer
+from percov2.entropy.integer_transformer import IntegerTransformer
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.schedules import SCHEDULES
+from percov2.entropy.token_coder import TokenCoder
+from percov2.messages import one_line
 from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.latent_decoder import LatentDecoder
@@ -141,6 +144,20 @@ class TokenizerComponents:
             masked_transformer=load_component(MaskedTransformer, directory, "masked_transformer"),
         )
 
+    def token_coder(self, schedule: str, *, device: str | torch.device = "cpu") -> TokenCoder:
+        """The entropy coder of the tokens, with the masked transformer in its present state.
+
+        Raises:
+            ValueError: weights too large for exact arithmetic, or an unknown schedule.
+        """
+        return TokenCoder(
+            None
+            if schedule == "uniform"
+            else IntegerTransformer(self.masked_transformer, device=device),
+            schedule=schedule,
+            codebook_size=self.quantizer.codebook_size,
+        )
+
     def modules(self) -> dict[str, nn.Module]:
         """The components by field name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -178,7 +195,7 @@ def load_component(
         )
     except (OSError, TypeError, ValueError) as error:
         # Only the first sentence: diffusers goes on with advice that is not for our users.
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+        reason = one_line(error).split(". ")[0].rstrip(".")
         raise ValueError(f"cannot load {folder}: {reason}; download the model again") from error
     faults = {key: sorted(map(str, value)) for key, value in info.items() if value}
     if faults:
@@ -219,12 +236,13 @@ def load_autoencoder(directory: Path) -> Autoencoder:
 
 
 def compute_model_id(masked: MaskedTransformer, codebook: torch.Tensor, schedule: str) -> int:
-    """First 16 bits of SHA-256 over everything that encoder and decoder must share."""
+    """First 16 bits of SHA-256 over everything that encoder and decoder must share.
+
+    That is the schedule, the codebook and the integers that the masked transformer codes with.
+    """
     digest = hashlib.sha256(schedule.encode())
-    state: dict[str, torch.Tensor] = {**masked.state_dict(), "codebook": codebook}
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].detach().float().cpu().contiguous().numpy().tobytes())
+    digest.update(IntegerTransformer(masked).digest())
+    digest.update(codebook.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes())
     return int.from_bytes(digest.digest()[:2], "big")
 
 

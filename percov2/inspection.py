@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from percov2.bitstream import Stream
-from percov2.entropy.caption_coder import decode_caption
-from percov2.model_store import find_preset, resolve_summary
+from percov2.entropy.caption_coder import CaptionCoder
+from percov2.entropy.range_coder import RangeDecoder
+from percov2.model_store import ModelSummary, find_preset, resolve_summary
 
 GENERATED_NOTE = (
     "Detail is generated: texture, text and faces may differ from the original photograph."
@@ -35,10 +36,7 @@ def info(data: bytes, *, model: str | None = None) -> dict[str, Any]:
         model: the model that wrote it, if it is no preset: directory or hub id.
 
     Returns:
-        ``width`` and ``height`` in pixels; ``model``, its name, or its id in hexadecimal if
-        unknown; ``caption``; ``bpp``, bits of the whole file per pixel; ``bytes`` with
-        ``header``, ``caption``, ``tokens`` and ``total``; ``steps_sent``; ``steps_total``,
-        None if the model is unknown; ``note``, a reminder that detail is generated.
+        See `describe`.
 
     Raises:
         BitstreamError: not a valid stream.
@@ -46,24 +44,52 @@ def info(data: bytes, *, model: str | None = None) -> dict[str, Any]:
     """
     stream = Stream.from_bytes(data)
     summary = find_preset(stream.model_id) if model is None else resolve_summary(model)
+    return describe(data, summary)
+
+
+def describe(data: bytes, summary: ModelSummary | None, *, verify: bool = True) -> dict[str, Any]:
+    """Describe a stream of a model whose index is at hand.
+
+    Args:
+        data: the file's bytes.
+        summary: of the model that wrote it; None, or that of another model, if unknown.
+        verify: False describes a cut stream.
+
+    Returns:
+        ``width`` and ``height`` in pixels; ``model``, its name, or its id in hexadecimal if
+        unknown; ``caption``; ``bpp``, bits of the whole file per pixel; ``bytes`` with
+        ``header``, ``caption``, ``tokens`` and ``total``: caption and tokens share one payload,
+        of which the caption's part is its code length to the nearest byte; ``steps_sent`` and
+        ``steps_total``, None if only the unknown model could tell; ``entropy``, ``model`` or
+        ``uniform``; ``note``, a reminder that detail is generated.
+
+    Raises:
+        BitstreamError: not a valid stream.
+    """
+    stream = Stream.from_bytes(data, verify=verify)
     known = summary is not None and summary.model_id == stream.model_id
+    caption, caption_bytes = "", 0
+    if stream.has_caption:
+        coder = CaptionCoder.shipped()
+        caption = coder.decode(RangeDecoder(stream.payload))
+        caption_bytes = min(round(coder.bits(caption) / 8), len(stream.payload))
+    total = None
+    if summary is not None and known:
+        total = summary.steps_total(stream.width, stream.height)
     return {
         "width": stream.width,
         "height": stream.height,
         "model": summary.name if summary is not None and known else f"{stream.model_id:#06x}",
-        "caption": decode_caption(stream.caption_mode, stream.caption),
+        "caption": caption,
         "bpp": 8 * len(data) / (stream.width * stream.height),
         "bytes": {
             "header": stream.header_bytes,
-            "caption": len(stream.caption),
-            "tokens": len(stream.tokens),
+            "caption": caption_bytes,
+            "tokens": len(stream.payload) - caption_bytes,
             "total": len(data),
         },
-        "steps_sent": stream.steps_sent,
-        "steps_total": (
-            summary.steps_total(stream.width, stream.height)
-            if summary is not None and known
-            else None
-        ),
+        "steps_sent": total if stream.steps_sent is None else stream.steps_sent,
+        "steps_total": total,
+        "entropy": "uniform" if stream.uniform else "model",
         "note": GENERATED_NOTE,
     }

@@ -26,14 +26,12 @@ class ModelSummary:
         model_id: 16 bits, also in every stream.
         schedule: name of the token schedule.
         latents_per_token: reduction of the hyper-encoder.
-        directory: where the model lies.
     """
 
     name: str
     model_id: int
     schedule: str
     latents_per_token: int
-    directory: Path
 
     @classmethod
     def read(cls, directory: Path) -> ModelSummary:
@@ -51,8 +49,7 @@ class ModelSummary:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
             summary = cls(
-                directory=directory,
-                **{k: index[k] for k in ("name", "model_id", "schedule", "latents_per_token")},
+                **{k: index[k] for k in ("name", "model_id", "schedule", "latents_per_token")}
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a percov2 model index: {error!r}") from error

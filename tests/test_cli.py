@@ -69,6 +69,80 @@ def test_json_of_compress_and_info_is_the_same_dict(
     assert set(printed["bytes"]) == {"header", "caption", "tokens", "total"}
 
 
+def test_a_stream_of_fewer_groups_is_made_without_its_picture(
+    picture: Path, stream: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, model = picture.parent / "short.pcv2", ["--model", str(tiny_model), "--json"]
+    picture.unlink()
+    capsys.readouterr()
+    assert main(["truncate", str(stream), str(out), "--steps", "1", *model]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described == percov2.info(out.read_bytes(), model=str(tiny_model))
+    assert described["steps_sent"] == 1
+    assert described["caption"] == "a b"
+    assert out.stat().st_size < stream.stat().st_size
+    assert main(["truncate", str(stream), str(out), "--steps", "4", *model]) == 2
+    assert "the stream has 3 groups, choose 1 to 3" in _one_line(capsys)
+
+
+def test_a_cut_stream_is_shown_unverified_if_that_is_asked_for(
+    photograph: Image.Image,
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    picture, stream, out = (tmp_path / name for name in ("p.png", "s.pcv2", "o.png"))
+    photograph.resize((256, 256)).save(picture)
+    model = ["--model", str(tiny_model), "--json"]
+    assert main(["compress", str(picture), str(stream), *model]) == 0
+    command = ["decompress", str(stream), str(out), "--steps", "1", *model]
+    capsys.readouterr()
+    assert main([*command, "--allow-truncated"]) == 0
+    assert json.loads(capsys.readouterr().out)["verified"] is True
+    assert "truncated" not in caplog.text
+    out.unlink()
+    stream.write_bytes(stream.read_bytes()[:-40])
+    assert main(command) == 2
+    assert "checksum" in _one_line(capsys)
+    assert not out.exists()
+    assert main([*command, "--allow-truncated"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["verified"] is False
+    assert described["bytes"]["total"] == stream.stat().st_size
+    assert "groups are whole, the rest is invented; unverified" in caplog.text
+    with Image.open(out) as image:
+        assert image.size == (256, 256)
+
+
+def test_a_largest_size_is_kept_and_what_was_left_out_is_told(
+    picture: Path,
+    stream: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out, most = picture.parent / "small.pcv2", stream.stat().st_size - 1
+    command = ["compress", str(picture), str(out), "--model", str(tiny_model), "--caption", "a b"]
+    assert main([*command, "--max-bytes", str(most)]) == 0
+    assert out.stat().st_size <= most
+    assert f"to fit {most} bytes:" in caplog.text
+    capsys.readouterr()
+    assert main([*command, "--max-bytes", "8"]) == 2
+    assert "nothing fits in 8 bytes" in _one_line(capsys)
+
+
+def test_portable_streams_from_the_command_line(
+    picture: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream, out = tmp_path / "u.pcv2", tmp_path / "u.png"
+    model = ["--model", str(tiny_model), "--json"]
+    assert main(["compress", str(picture), str(stream), "--entropy", "uniform", *model]) == 0
+    assert json.loads(capsys.readouterr().out)["entropy"] == "uniform"
+    assert main(["decompress", str(stream), str(out), "--steps", "1", *model]) == 0
+    assert out.is_file()
+
+
 def test_info_for_people(stream: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["info", str(stream)]) == 0
@@ -152,6 +226,8 @@ def test_a_stream_of_no_preset_asks_for_its_model(
         (["compress", "PICTURE", "x.pcv2", "--device", "abacus"], "abacus"),
         (["decompress", "missing.pcv2", "x.png"], "missing.pcv2"),
         (["info", "missing.pcv2"], "missing.pcv2"),
+        (["truncate", "missing.pcv2", "x.pcv2", "--steps", "1"], "missing.pcv2"),
+        (["truncate", "PICTURE", "x.pcv2", "--steps", "1"], "wrong magic"),
     ],
 )
 def test_wrong_uses_are_one_line_and_exit_2(

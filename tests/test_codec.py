@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import percov2
-from percov2.bitstream import BitstreamError, Stream
+from percov2.bitstream import COMMON_SIZES, BitstreamError, Stream
 from percov2.codec import Codec
+from percov2.entropy.range_coder import RangeDecoder
+from percov2.entropy.token_coder import TokenCoder
 from tests.tiny_codec import save_tiny
 
 
@@ -86,7 +89,7 @@ def test_bytes_decode_in_a_fresh_process_to_the_tokens_that_were_encoded(
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_hybrid_mode_sends_the_first_groups_and_invents_the_rest(
-    codec: Codec, photograph: Image.Image, steps: int
+    codec: Codec, tiny_model: Path, photograph: Image.Image, steps: int
 ) -> None:
     full, part = codec.compress(photograph), codec.compress(photograph, schedule_steps=steps)
     assert len(part) < len(full)
@@ -95,7 +98,7 @@ def test_hybrid_mode_sends_the_first_groups_and_invents_the_rest(
     assert 0 < known.sum() < tokens.size
     assert np.array_equal(sent[known], tokens[known])
     assert codec.decompress(part, steps=1).size == photograph.size
-    described = percov2.info(part, model=str(codec.summary.directory))
+    described = percov2.info(part, model=str(tiny_model))
     total = codec.summary.steps_total(*photograph.size)
     assert total > 2
     assert (described["steps_sent"], described["steps_total"]) == (steps, total)
@@ -121,11 +124,13 @@ def test_guidance_of_one_equals_the_plain_conditional_velocity(
     assert np.abs(plain - near).max() <= 1
 
 
-def test_info_counts_every_byte(codec: Codec, photograph: Image.Image) -> None:
+def test_info_counts_every_byte(codec: Codec, tiny_model: Path, photograph: Image.Image) -> None:
     data = codec.compress(photograph, caption="abc")
-    described = percov2.info(data, model=str(codec.summary.directory))
+    described = percov2.info(data, model=str(tiny_model))
     sizes = described["bytes"]
     assert sizes["header"] + sizes["caption"] + sizes["tokens"] == sizes["total"] == len(data)
+    assert min(sizes.values()) > 0
+    assert described["entropy"] == "model"
     assert described["bpp"] == 8 * len(data) / (96 * 64)
     assert described["model"] == codec.config.name
     assert "generated" in described["note"]
@@ -231,21 +236,23 @@ def test_every_truncation_and_every_flipped_bit_is_refused(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(tokens=st.binary(max_size=40), caption=st.text(max_size=20), steps=st.integers(1, 63))
+@given(
+    payload=st.binary(max_size=40),
+    has_caption=st.booleans(),
+    uniform=st.booleans(),
+    steps=st.none() | st.integers(1, 63),
+)
 def test_forged_payloads_decode_or_raise_bitstream_error(
-    codec: Codec, tokens: bytes, caption: str, steps: int
+    codec: Codec, payload: bytes, has_caption: bool, uniform: bool, steps: int | None
 ) -> None:
-    from percov2.entropy.caption_coder import encode_caption
-
-    mode, coded = encode_caption(caption)
     data = Stream(
         model_id=codec.config.model_id,
         width=40,
         height=24,
         steps_sent=steps,
-        caption_mode=mode,
-        caption=coded,
-        tokens=tokens,
+        has_caption=has_caption,
+        uniform=uniform,
+        payload=payload,
     ).to_bytes()
     try:
         decoded = codec.decode_tokens(data)
@@ -253,6 +260,260 @@ def test_forged_payloads_decode_or_raise_bitstream_error(
         return
     assert decoded.min() >= -1
     assert decoded.max() < 32
+
+
+# -- sizes ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    size=st.sampled_from([(512, 512), (256, 256), (48, 32), (500, 375), (16, 300)]),
+    caption=st.just("") | st.text(max_size=40) | st.just("a dog on a beach"),
+    seed=st.integers(0, 1000),
+    likely=st.booleans(),
+    uniform=st.booleans(),
+    share=st.floats(0, 1),
+)
+def test_a_file_is_its_information_and_a_few_bytes(
+    codec: Codec,
+    size: tuple[int, int],
+    caption: str,
+    seed: int,
+    likely: bool,
+    uniform: bool,
+    share: float,
+) -> None:
+    grid = codec.summary.token_grid(*size)
+    tokens = np.random.default_rng(seed).integers(0, 32, grid)
+    if likely:
+        tokens = codec._coder.fill(np.full(grid, -1), seed=seed)
+    coder = codec._portable_coder if uniform else codec._coder
+    total = coder.steps_total(*grid)
+    steps = 1 + round(share * (total - 1))
+    data = codec._write(tokens, size, caption, steps=steps, uniform=uniform)
+    sent = coder.groups(*grid) < steps
+    np.testing.assert_array_equal(codec.decode_tokens(data), np.where(sent, tokens, -1))
+    bits = sum(coder.bits_per_group(tokens)[:steps])
+    if caption:
+        bits += codec._captions.bits(caption)
+        assert percov2.info(data)["caption"] == caption
+    spelled = 0 if size in COMMON_SIZES else 3
+    assert len(data) <= bits / 8 + 7 + (steps < total) + spelled + 1.1
+
+
+def test_a_square_picture_pays_seven_bytes_of_header(codec: Codec, photograph: Image.Image) -> None:
+    data = codec.compress(photograph.resize((512, 512)), caption="a woman")
+    assert percov2.info(data)["bytes"]["header"] == 7
+
+
+# -- portable mode -------------------------------------------------------------------------------
+
+
+def test_portable_mode_stores_the_same_tokens_in_a_flat_code(
+    codec: Codec, photograph: Image.Image
+) -> None:
+    picture = photograph.resize((256, 192))
+    modelled = codec.compress(picture, caption="a b")
+    portable = codec.compress(picture, caption="a b", uniform=True)
+    tokens = codec.decode_tokens(portable)
+    assert np.array_equal(tokens, codec.decode_tokens(modelled))
+    described = percov2.info(portable)
+    assert described["entropy"] == "uniform"
+    assert described["caption"] == "a b"
+    assert abs(described["bytes"]["tokens"] - tokens.size * 5 / 8) <= 2
+    pictures = [np.asarray(codec.decompress(d, steps=1, seed=3)) for d in (modelled, portable)]
+    assert np.array_equal(*pictures)
+
+
+def test_portable_tokens_decode_with_the_codebook_alone(
+    codec: Codec, photograph: Image.Image
+) -> None:
+    data = codec.compress(photograph, uniform=True)
+    stream = Stream.from_bytes(data)
+    coder = TokenCoder(None, schedule="quincunx", codebook_size=32)
+    grid = codec.summary.token_grid(*photograph.size)
+    tokens = coder.read(RangeDecoder(stream.payload), *grid, steps=coder.steps_total(*grid))
+    assert np.array_equal(tokens, codec.encode_tokens(photograph))
+
+
+def test_the_entropy_of_a_stream_is_that_of_its_header(
+    codec: Codec, photograph: Image.Image
+) -> None:
+    stream = Stream.from_bytes(codec.compress(photograph, uniform=True))
+    fields = {name: getattr(stream, name) for name in stream.__dataclass_fields__}
+    swapped = Stream(**{**fields, "uniform": False}).to_bytes()
+    try:
+        tokens = codec.decode_tokens(swapped)
+    except BitstreamError:
+        return
+    assert not np.array_equal(tokens, codec.encode_tokens(photograph))
+
+
+# -- cutting -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_truncating_equals_compressing_fewer_groups_and_decodes_no_pixel(
+    codec: Codec, photograph: Image.Image, uniform: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = photograph.resize((160, 128))
+    total = codec.summary.steps_total(160, 128)
+    full = codec.compress(picture, caption="a b", uniform=uniform)
+    expected = [
+        codec.compress(picture, caption="a b", schedule_steps=steps, uniform=uniform)
+        for steps in range(1, total + 1)
+    ]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("pixels are decoded")
+
+    monkeypatch.setattr(codec, "_paint", refuse)
+    monkeypatch.setattr(codec, "encode_tokens", refuse)
+    shorter = [codec.truncate(full, schedule_steps=steps) for steps in range(1, total + 1)]
+    assert shorter == expected
+    assert shorter[-1] == full
+    assert codec.truncate(shorter[2], schedule_steps=2) == shorter[1]
+
+
+def test_truncating_what_is_not_there_is_refused(codec: Codec, photograph: Image.Image) -> None:
+    two = codec.compress(photograph, schedule_steps=2)
+    for steps in (0, 3):
+        with pytest.raises(ValueError, match=f"steps is {steps}: the stream has 2 groups"):
+            codec.truncate(two, schedule_steps=steps)
+    with pytest.raises(BitstreamError, match="checksum"):
+        codec.truncate(two[:-1], schedule_steps=1)
+
+
+def read_cut(codec: Codec, data: bytes) -> tuple[str, np.ndarray]:
+    return codec._read_cut(codec._parse(data, verify=False))
+
+
+@pytest.mark.parametrize("caption", ["", "a dog runs along the beach"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_of_a_cut_file_the_groups_that_are_there_are_the_original_s(
+    codec: Codec, photograph: Image.Image, caption: str, uniform: bool
+) -> None:
+    picture = photograph.resize((256, 256))
+    data = codec.compress(picture, caption=caption, uniform=uniform)
+    tokens, groups = codec.decode_tokens(data), codec._coder.groups(16, 16)
+    shares, refused = [], 0
+    for length in range(7, len(data), 5):
+        try:
+            text, found = read_cut(codec, data[:length])
+        except BitstreamError as error:
+            assert "truncated stream" in str(error)  # noqa: PT017
+            refused += 1
+            continue
+        whole = len(np.unique(groups[found >= 0]))
+        assert text == caption
+        assert np.array_equal(found, np.where(groups < whole, tokens, -1))
+        shares.append(whole)
+    assert shares == sorted(shares)
+    assert shares[0] == 1
+    assert shares[-1] >= codec.summary.steps_total(256, 256) - 1
+    assert 0 < refused < 12
+
+
+def test_a_cut_file_becomes_a_picture_only_if_that_is_asked_for(
+    codec: Codec, photograph: Image.Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = codec.compress(photograph.resize((256, 256)), caption="a b")
+    cut = data[: len(data) * 2 // 3]
+    with pytest.raises(BitstreamError, match="checksum failed"):
+        codec.decompress(cut, steps=1)
+    with pytest.raises(BitstreamError, match="checksum failed"):
+        codec.decode_tokens(cut)
+    assert caplog.text == ""
+    pictures = [np.asarray(codec.decompress(cut, steps=1, allow_truncated=True)) for _ in range(2)]
+    assert np.array_equal(*pictures)
+    assert pictures[0].shape == (256, 256, 3)
+    assert "groups are whole, the rest is invented; unverified" in caplog.text
+
+
+def test_allowing_cuts_changes_nothing_for_a_whole_file(
+    codec: Codec, photograph: Image.Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = codec.compress(photograph, schedule_steps=2)
+    strict, lenient = (
+        np.asarray(codec.decompress(data, steps=1, allow_truncated=allow))
+        for allow in (False, True)
+    )
+    assert np.array_equal(strict, lenient)
+    assert caplog.text == ""
+
+
+def test_a_file_cut_within_caption_or_first_group_says_so(
+    codec: Codec, photograph: Image.Image
+) -> None:
+    data = codec.compress(photograph.resize((256, 256)), caption="zyx QWV jkl 0815 (Œuvre)")
+    header = percov2.info(data)["bytes"]["header"]
+    for kept in (0, 1, 5):
+        with pytest.raises(BitstreamError, match="the cut is within its caption"):
+            codec.decompress(data[: header + kept], allow_truncated=True)
+    bare = codec.compress(photograph.resize((256, 256)))
+    with pytest.raises(BitstreamError, match="do not hold the first group"):
+        codec.decompress(bare[: header + 1], allow_truncated=True)
+    with pytest.raises(BitstreamError, match="truncated stream"):
+        codec.decompress(bare[: header - 1], allow_truncated=True)
+
+
+# -- a largest size ------------------------------------------------------------------------------
+
+
+def test_the_most_groups_that_fit_are_sent(
+    codec: Codec, photograph: Image.Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture, caption = photograph.resize((160, 128)), "a dog runs along the beach"
+    total = codec.summary.steps_total(160, 128)
+    files = {
+        (steps, text): codec.compress(picture, caption=text, schedule_steps=steps)
+        for steps in range(1, total + 1)
+        for text in (caption, "")
+    }
+    largest, smallest = len(files[total, caption]), len(files[1, ""])
+    assert codec.compress(picture, caption=caption, max_bytes=largest) == files[total, caption]
+    assert caplog.text == ""
+    for most in range(smallest, largest, 3):
+        caplog.clear()
+        data = codec.compress(picture, caption=caption, max_bytes=most)
+        fitting = {key: file for key, file in files.items() if len(file) <= most}
+        best = max(fitting, key=lambda key: (key[0], len(key[1])))
+        assert data == fitting[best]
+        told = "with caption" if best[1] else "no caption"
+        assert f"to fit {most} bytes: {best[0]} of {total} groups, {told}" in caplog.text
+
+
+def test_a_size_that_nothing_fits_in_is_refused(codec: Codec, photograph: Image.Image) -> None:
+    smallest = len(codec.compress(photograph, schedule_steps=1))
+    message = f"nothing fits in {smallest - 1} bytes: the first group alone takes {smallest}"
+    with pytest.raises(ValueError, match=message):
+        codec.compress(photograph, caption="a b", max_bytes=smallest - 1)
+
+
+def test_a_largest_size_may_be_given_with_steps(codec: Codec, photograph: Image.Image) -> None:
+    two = codec.compress(photograph, schedule_steps=2)
+    assert codec.compress(photograph, schedule_steps=2, max_bytes=10**6) == two
+    one = codec.compress(photograph, schedule_steps=1)
+    assert codec.compress(photograph, schedule_steps=2, max_bytes=len(two) - 1) == one
+
+
+# -- machines ------------------------------------------------------------------------------------
+
+
+def test_one_and_two_threads_write_and_read_the_same(codec: Codec) -> None:
+    tokens = np.random.default_rng(0).integers(0, 32, (32, 48))
+    before, written, read = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            data = codec._write(tokens, (768, 512), "", steps=7, uniform=False)
+            written.append(data)
+            read.append(codec.decode_tokens(written[0]))
+    finally:
+        torch.set_num_threads(before)
+    assert written[0] == written[1]
+    assert np.array_equal(read[0], tokens)
+    assert np.array_equal(read[1], tokens)
 
 
 def test_saved_and_reloaded_codec_decodes_the_same(

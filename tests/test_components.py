@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow_transformer import predict_velocity
 from percov2.synthesis.latent_decoder import LatentDecoder
 from tests.tiny_codec import CODEBOOK_SIZE, save_tiny, tiny_components
+from tests.tiny_models import tiny_vae
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 FOLDERS = ("autoencoder", "hyper_encoder", "quantizer", "latent_decoder", "masked_transformer")
@@ -167,17 +167,7 @@ def test_stage_1_directory_loads_without_stage_2(
 
 
 def test_sd3_autoencoder_is_saved_as_vae(tmp_path: Path) -> None:
-    original = StableDiffusionAutoencoder(
-        AutoencoderKL(
-            block_out_channels=(4, 4, 4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            norm_num_groups=2,
-            latent_channels=4,
-            shift_factor=0.0609,
-            scaling_factor=1.5305,
-        ).eval()
-    )
+    original = StableDiffusionAutoencoder(tiny_vae(levels=4))
     save_autoencoder(original, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
     loaded = load_autoencoder(tmp_path)
@@ -229,12 +219,23 @@ def test_id_depends_on_every_weight_of_the_masked_transformer() -> None:
     for name, parameter in components.tokenizer.masked_transformer.named_parameters():
         last = parameter.data.view(-1)[-1:]
         kept = last.clone()
-        last.add_(1e-4)
+        last.add_(0.01)  # several units of any of the integers
         found[name] = model_id(components)
         last.copy_(kept)
     assert len(set(found.values())) == len(found)
     assert model_id(components) == found["untouched"]
     assert all(0 <= value < 2**16 for value in found.values())
+
+
+def test_id_is_that_of_the_integers_and_not_of_the_floats() -> None:
+    """A change too small for the integers codes alike, and is the same model."""
+    components = tiny_components()
+    before = model_id(components)
+    weight = components.tokenizer.masked_transformer.token_embedding.weight.data
+    weight.mul_(2**9).round_().mul_(2.0**-9)
+    assert model_id(components) == before
+    weight.add_(2.0**-12)
+    assert model_id(components) == before
 
 
 def test_id_depends_on_codebook_and_schedule(components: CodecComponents) -> None:

@@ -33,7 +33,6 @@ def summary(*, latents_per_token: int = 2, schedule: str = "quincunx") -> ModelS
         model_id=7,
         schedule=schedule,
         latents_per_token=latents_per_token,
-        directory=Path(),
     )
 
 
@@ -70,7 +69,7 @@ def test_presets_are_found_by_name_and_by_id(presets: Path) -> None:
     assert resolve_model("small") == presets / "small"
     found = find_preset(0xABCD)
     assert found is not None
-    assert (found.name, found.directory) == ("large", presets / "large")
+    assert found.name == "large"
     assert find_preset(3) is None
     assert resolve_stream_model(0x12) == "small"
 
@@ -134,7 +133,6 @@ def test_summary_of_a_saved_model(tmp_path: Path) -> None:
         model_id=components.config.model_id,
         schedule="var",
         latents_per_token=4,
-        directory=tmp_path,
     )
 
 
@@ -151,6 +149,13 @@ def test_index_of_something_else(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match="is not a percov2 model index") as refused:
         ModelSummary.read(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("change", [{"schedule": "zigzag"}, {"latents_per_token": 3}])
+def test_index_of_a_later_version(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_index(tmp_path / "m", **change)
+    with pytest.raises(ValueError, match="this version of percov2 does not know"):
+        ModelSummary.read(tmp_path / "m")
 
 
 # -- grids ---------------------------------------------------------------------------------------

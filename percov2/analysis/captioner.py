@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from percov2.messages import one_line
+
 if TYPE_CHECKING:
     import torch
     from PIL import Image
@@ -250,7 +252,7 @@ def _load_published_code(model: str, dtype: torch.dtype | None) -> tuple[Any, An
     except OSError as error:
         raise _not_loaded(model, error) from error
     except (AttributeError, ImportError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"the code published with captioner {model} does not run with transformers "
             f"{transformers.__version__}: {reason}; use another captioner or pass --caption TEXT"

@@ -1,9 +1,15 @@
 """The masked image model: predicts unknown tokens from known ones.
 
 Sources: MaskGIT (Chang et al. 2022), M2T (Mentzer et al. 2023), Swin (Liu et al. 2021) for
-attention in bounded, alternately shifted windows: cost grows linearly with the grid.
+attention in bounded, alternately shifted windows: cost grows linearly with the grid. Tokens that
+are neither known nor asked for take no part (as in the encoder of MAE, He et al. 2022), so that a
+stream whose groups double in size costs two passes over its tokens and not one pass a group.
+
+What is coded with is the integer form of this model (`integer_transformer`). Its number formats
+are the constants below, and the ranges bound the activations here too, so that both compute the
+same function up to rounding.
 Shape legend: B batch, r and c token rows and columns, V codebook size, d model width, H heads,
-y and x rows and columns of a window, n tokens in a window.
+n positions of a window.
 """
 
 from __future__ import annotations
@@ -20,89 +26,95 @@ from torch.nn import functional as F
 
 from percov2.entropy.schedules import Groups, num_groups
 
+RESIDUAL_RANGE = 64.0
+"""Bound of the residual stream's magnitude."""
+ACTIVATION_RANGE = 8.0
+"""Bound of the magnitude of normalised activations, queries, keys and values."""
+HIDDEN_RANGE = 16.0
+"""Bound of the MLP's hidden activations, which are not negative."""
+ATTENTION_SCALE = 1 / 8
+"""Of query times key, a power of two; the projections learn the rest."""
+POSITION_BINS = 16
+"""Learned positions down and across a grid of any size."""
+
+
+def _rms_norm(x: Tensor) -> Tensor:
+    """Root mean square normalisation; its gain would be part of the projection that follows."""
+    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+    return normed.clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
+
+
+def _residual(x: Tensor) -> Tensor:
+    return x.clamp(-RESIDUAL_RANGE, RESIDUAL_RANGE)
+
+
+def position_bin(index: Tensor, length: int) -> Tensor:
+    """The learned position of rows or columns ``index`` in a grid of ``length`` of them."""
+    return index * POSITION_BINS // length
+
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """Partition of a grid into windows of y x x tokens, rolled by half a window if shifted."""
+    """Partition of a grid into windows; shifted ones begin half a window before the grid."""
 
     rows: int
     cols: int
-    y: int
-    x: int
-    shift_y: int
-    shift_x: int
+    side: int
+    offset: int
 
-    @classmethod
-    def of(cls, rows: int, cols: int, window: int, *, shifted: bool) -> _Windows:
-        y, x = min(window, rows), min(window, cols)
-        shift_y = y // 2 if shifted and rows > y else 0
-        shift_x = x // 2 if shifted and cols > x else 0
-        return cls(rows, cols, y, x, shift_y, shift_x)
-
-    def split(self, grid: Tensor, fill: float = 0.0) -> Tensor:
-        """(B, r, c, d) to (B windows, n, d); short edges are padded with ``fill``."""
-        grid = F.pad(grid, (0, 0, 0, -self.cols % self.x, 0, -self.rows % self.y), value=fill)
-        grid = grid.roll((-self.shift_y, -self.shift_x), (1, 2))
+    def split(self, grid: Tensor) -> Tensor:
+        """(B, r, c, d) to (B windows, n, d); positions outside the grid are zero."""
+        bottom = -(self.rows + self.offset) % self.side
+        right = -(self.cols + self.offset) % self.side
+        grid = F.pad(grid, (0, 0, self.offset, right, self.offset, bottom))
         batch, rows, cols, dim = grid.shape
-        grid = grid.view(batch, rows // self.y, self.y, cols // self.x, self.x, dim)
-        return grid.transpose(2, 3).reshape(-1, self.y * self.x, dim)
+        grid = grid.view(batch, rows // self.side, self.side, cols // self.side, self.side, dim)
+        return grid.transpose(2, 3).reshape(-1, self.side * self.side, dim)
 
     def join(self, windows: Tensor, batch: int) -> Tensor:
         """The inverse of `split`."""
-        down, across = -(-self.rows // self.y), -(-self.cols // self.x)
-        grid = windows.view(batch, down, across, self.y, self.x, -1).transpose(2, 3)
-        grid = grid.reshape(batch, down * self.y, across * self.x, -1)
-        return grid.roll((self.shift_y, self.shift_x), (1, 2))[:, : self.rows, : self.cols]
-
-    def may_attend(self, device: torch.device) -> Tensor | None:
-        """(windows, 1, n, n) bool: the pairs inside one region of the grid; None if all are.
-
-        A roll brings opposite edges of the grid into one window, and padding adds tokens that
-        are not there: neither may be attended to.
-        """
-        padded = self.rows % self.y or self.cols % self.x
-        if not (padded or self.shift_y or self.shift_x):
-            return None
-        row = torch.arange(self.rows, device=device) < self.shift_y
-        col = torch.arange(self.cols, device=device) < self.shift_x
-        region = (2 * row[:, None] + col[None, :]).float()
-        ids = self.split(region[None, :, :, None], fill=-1.0)
-        same: Tensor = ids == ids.transpose(1, 2)
-        return same[:, None]
+        down = -(-(self.rows + self.offset) // self.side)
+        across = -(-(self.cols + self.offset) // self.side)
+        grid = windows.view(batch, down, across, self.side, self.side, -1).transpose(2, 3)
+        grid = grid.reshape(batch, down * self.side, across * self.side, -1)
+        rows, cols = slice(self.offset, None), slice(self.offset, None)
+        return grid[:, rows, cols][:, : self.rows, : self.cols]
 
 
 class WindowAttention(nn.Module):
     """Multi-head attention in windows with a learned bias per relative position."""
 
-    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+    def __init__(self, dim: int, num_heads: int, window: int, *, shifted: bool) -> None:
         super().__init__()
         self.num_heads, self.window = num_heads, window
+        self.offset = window // 2 if shifted else 0
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.position_bias = nn.Parameter(torch.zeros(num_heads, (2 * window - 1) ** 2))
 
-    def _bias(self, y: int, x: int) -> Tensor:
-        """(H, n, n) bias of every pair of positions of a y x x window."""
+    def _bias(self) -> Tensor:
+        """(H, n, n) bias of every pair of positions of a window."""
         device = self.position_bias.device
-        rows = torch.arange(y, device=device).repeat_interleave(x)
-        cols = torch.arange(x, device=device).repeat(y)
+        rows = torch.arange(self.window, device=device).repeat_interleave(self.window)
+        cols = torch.arange(self.window, device=device).repeat(self.window)
         delta_y = rows[:, None] - rows[None, :] + self.window - 1
         delta_x = cols[:, None] - cols[None, :] + self.window - 1
         return self.position_bias[:, delta_y * (2 * self.window - 1) + delta_x]
 
-    def forward(self, grid: Tensor, windows: _Windows) -> Tensor:
-        """(B, r, c, d) to the same shape."""
-        tokens = windows.split(grid)
-        count, length, dim = tokens.shape
-        qkv = self.qkv(tokens).view(count, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        bias = self._bias(windows.y, windows.x)[None]
-        allowed = windows.may_attend(grid.device)
-        if allowed is not None:
-            bias = torch.where(allowed, bias, float("-inf")).repeat(grid.shape[0], 1, 1, 1)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        out = self.out(attended.transpose(1, 2).reshape(count, length, dim))
-        return windows.join(out, grid.shape[0])
+    def forward(self, grid: Tensor, visible: Tensor) -> Tensor:
+        """(B, r, c, d) to the same shape; only what is visible (B, r, c) is attended to."""
+        batch, rows, cols = grid.shape[:3]
+        windows = _Windows(rows, cols, self.window, self.offset)
+        qkv = self.qkv(grid).clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
+        qkv = windows.split(qkv)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # A position that nobody sees still sees itself: no row of the softmax is empty.
+        keys = windows.split(visible[..., None].to(grid))[:, None, None, :, 0] > 0
+        allowed = keys | torch.eye(q.shape[2], dtype=torch.bool, device=grid.device)
+        bias = torch.where(allowed, self._bias()[None], float("-inf"))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=ATTENTION_SCALE)
+        out: Tensor = self.out(windows.join(attended.transpose(1, 2).flatten(2), batch))
+        return out
 
 
 class Block(nn.Module):
@@ -110,18 +122,14 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window: int, *, shifted: bool) -> None:
         super().__init__()
-        self.window, self.shifted = window, shifted
-        self.norm_1, self.norm_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = WindowAttention(dim, num_heads, window)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.attention = WindowAttention(dim, num_heads, window, shifted=shifted)
+        self.mlp_in, self.mlp_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, grid: Tensor) -> Tensor:
+    def forward(self, grid: Tensor, visible: Tensor) -> Tensor:
         """(B, r, c, d) to the same shape."""
-        rows, cols = grid.shape[1:3]
-        windows = _Windows.of(rows, cols, self.window, shifted=self.shifted)
-        grid = grid + self.attention(self.norm_1(grid), windows)
-        out: Tensor = grid + self.mlp(self.norm_2(grid))
-        return out
+        grid = _residual(grid + self.attention(_rms_norm(grid), visible))
+        hidden = self.mlp_in(_rms_norm(grid)).clamp(0, HIDDEN_RANGE)
+        return _residual(grid + self.mlp_out(hidden))
 
 
 class MaskedTransformer(ModelMixin, ConfigMixin):
@@ -142,10 +150,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         super().__init__()
         self.token_embedding = nn.Embedding(codebook_size, dim)
         self.mask_embedding = nn.Parameter(torch.randn(dim))
+        self.row_embedding = nn.Embedding(POSITION_BINS, dim)
+        self.col_embedding = nn.Embedding(POSITION_BINS, dim)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, window, shifted=layer % 2 == 1) for layer in range(num_layers)
         )
-        self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, codebook_size)
 
     @torch.no_grad()
@@ -171,16 +180,21 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         Args:
             tokens: (B, r, c) int64 in [0, V); values where ``known`` is false do not matter.
             known: (B, r, c) bool.
-            where: (B, r, c) bool, the positions to predict.
+            where: (B, r, c) bool, the positions to predict; they see each other as unknown.
 
         Returns:
             (number of true in ``where``, V), in row-major order of the positions.
         """
-        embedded = self.token_embedding(tokens)
-        grid = torch.where(known[..., None], embedded, self.mask_embedding)
+        rows, cols = (torch.arange(n, device=tokens.device) for n in tokens.shape[1:])
+        place = self.row_embedding(position_bin(rows, len(rows)))[:, None] + self.col_embedding(
+            position_bin(cols, len(cols))
+        )
+        content = torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding)
+        grid = _residual(content + place)
+        visible = known | where
         for block in self.blocks:
-            grid = block(grid)
-        logits: Tensor = self.head(self.norm(grid[where]))
+            grid = block(grid, visible)
+        logits: Tensor = self.head(_rms_norm(grid[where]))
         return logits
 
 

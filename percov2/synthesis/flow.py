@@ -30,6 +30,8 @@ class Flow:
         from_prediction: start from the latent decoder's prediction plus noise, not from noise;
             the network then puts out the residual, not the velocity.
         sigma: standard deviation of the source's noise, > 0; must be 1 for a source of noise.
+        temperature: of sampling, > 0: the source's noise is this many times that of training. Below
+            1 a network that removes noise badly paints with less grain, and less detail.
         logit_mean: mean of logit(t) in training, before the shift (0 in SD3).
         logit_std: standard deviation of logit(t) in training (1 in SD3).
     """
@@ -37,6 +39,7 @@ class Flow:
     shift: float
     from_prediction: bool
     sigma: float
+    temperature: float = 1.0
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
@@ -45,12 +48,20 @@ class Flow:
             raise ValueError(f"shift is {self.shift}: it must be at least 1 (SD3 uses 3.0)")
         if self.sigma <= 0 or self.logit_std <= 0:
             raise ValueError(f"sigma {self.sigma} and logit_std {self.logit_std} must be positive")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature}: it must be positive (1 is neutral)"
+            )
         if not self.from_prediction and self.sigma != 1:
             raise ValueError(f"sigma is {self.sigma}: a flow that starts from noise needs sigma 1")
 
     def source(self, prediction: Tensor, noise: Tensor) -> Tensor:
         """x_1 from the predicted latents and standard normal noise, both (B, C, h, w)."""
         return prediction + self.sigma * noise if self.from_prediction else noise
+
+    def sampling_source(self, prediction: Tensor, noise: Tensor) -> Tensor:
+        """Where sampling starts: `source` with the noise at `temperature`."""
+        return self.source(prediction, self.temperature * noise)
 
     def interpolate(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> Tensor:
         """x_t for times t (B,) in [0, 1]; x_0 and x_1 are (B, C, h, w)."""

@@ -27,6 +27,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from percov2.messages import one_line
+
 CONFIG_NAME = "text_conditioner.json"
 TOKENIZER_FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -389,7 +391,7 @@ def _load(component: Any, source: str, folder: str, **options: Any) -> Any:
     try:
         return component.from_pretrained(source, subfolder=folder, **options)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(
             f"cannot load {folder} of {source}: {reason} "
             "(check the path, or log in with 'hf auth login' for a gated model)"

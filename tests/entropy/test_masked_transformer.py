@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from percov2.entropy.integer_transformer import IntegerTransformer
 from percov2.entropy.masked_transformer import (
+    ACTIVATION_RANGE,
+    HIDDEN_RANGE,
+    RESIDUAL_RANGE,
     Block,
     MaskedTransformer,
     TrainingMasks,
@@ -59,12 +62,15 @@ def test_unknown_tokens_do_not_matter_and_known_ones_do(size: tuple[int, int]) -
 
 
 @torch.no_grad()
-def test_logits_come_in_row_major_order_of_the_positions() -> None:
+def test_samples_follow_each_other_whatever_their_numbers_of_positions() -> None:
     model, tokens = make_model(), make_tokens(5, 6, batch=2)
-    known = tokens < 6
-    grid = model(tokens, known, everywhere(tokens)).view(2, 5, 6, V)
-    where = tokens > 10
-    torch.testing.assert_close(model(tokens, known, where), grid[where])
+    known, where = tokens < 6, tokens > 10
+    where[1, :2] = False
+    apart = [
+        model(tokens[i : i + 1], known[i : i + 1], where[i : i + 1]) for i in range(len(tokens))
+    ]
+    assert len(apart[0]) != len(apart[1])
+    torch.testing.assert_close(model(tokens, known, where), torch.cat(apart))
 
 
 @torch.no_grad()
@@ -78,41 +84,56 @@ def test_samples_of_a_batch_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shifted", [False, True])
-def test_windows_split_and_join(size: tuple[int, int], *, shifted: bool) -> None:
-    windows = _Windows.of(*size, 4, shifted=shifted)
+@torch.no_grad()
+def test_tokens_neither_known_nor_asked_for_take_no_part(size: tuple[int, int]) -> None:
+    """The same logits whatever they are, and the same as in a model that never saw them."""
+    model, tokens = make_model(), make_tokens(*size, batch=2)
+    part = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(4))
+    known, where = part < 0.3, part > 0.6
+    where[:, 0, 0], known[:, 0, 0] = True, False
+    logits = model(tokens, known, where)
+    hidden = ~known & ~where
+    assert torch.equal(model((tokens + hidden) % V, known, where), logits)
+    if hidden.any():
+        more = model(tokens, known, ~known)[where[~known]]
+        assert not torch.equal(more, logits), "asked for, they would be seen as unknown"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("offset", [0, 2])
+def test_windows_split_and_join(size: tuple[int, int], offset: int) -> None:
+    windows = _Windows(*size, 4, offset)
     grid = torch.randn(2, *size, 3)
     split = windows.split(grid)
-    assert split.shape[1] == windows.y * windows.x <= 16
+    assert split.shape[1:] == (16, 3)
     assert torch.equal(windows.join(split, 2), grid)
+    assert (split != 0).any(-1).sum() == 2 * size[0] * size[1], "the rest is zero"
 
 
-def naive_window(length: int, window: int, *, shifted: bool) -> Tensor:
-    """The window, along one axis, of each position; -1 is the cut-off beginning."""
-    shift = window // 2 if shifted and length > window else 0
-    return torch.div(torch.arange(length) - shift, window, rounding_mode="floor")
-
-
-def naive_block(block: Block, grid: Tensor) -> Tensor:
-    """The block on (r, c, d) with dense attention among all positions."""
+def naive_block(block: Block, grid: Tensor, visible: Tensor, offset: int) -> Tensor:
+    """The block on (r, c, d) with dense attention among all visible positions (r, c)."""
     rows, cols, dim = grid.shape
-    window, attention = block.window, block.attention
-    y, x = (
-        i.flatten() for i in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    )
-    ids_y = naive_window(rows, window, shifted=block.shifted)[y]
-    ids_x = naive_window(cols, window, shifted=block.shifted)[x]
-    together = (ids_y[:, None] == ids_y) & (ids_x[:, None] == ids_x)
+    attention = block.attention
+    heads, window = attention.num_heads, attention.window
+    y, x = (i.flatten() for i in torch.meshgrid(torch.arange(rows), torch.arange(cols)))
+    y, x = y + offset, x + offset
+    together = (y[:, None] // window == y // window) & (x[:, None] // window == x // window)
+    together &= visible.flatten() | torch.eye(rows * cols, dtype=torch.bool)
     delta = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
-    heads = attention.num_heads
-    q, k, v = attention.qkv(block.norm_1(grid)).view(-1, 3, heads, dim // heads).unbind(1)
-    scores = torch.einsum("ihd,jhd->hij", q, k) / (dim // heads) ** 0.5
+    qkv = attention.qkv(naive_norm(grid)).clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
+    q, k, v = qkv.view(-1, 3, heads, dim // heads).unbind(1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / 8
     scores = scores + attention.position_bias[:, delta.clamp(0, (2 * window - 1) ** 2 - 1)]
     weights = scores.masked_fill(~together, float("-inf")).softmax(-1)
     mixed = torch.einsum("hij,jhd->ihd", weights, v).reshape(rows, cols, dim)
-    grid = grid + attention.out(mixed)
-    out: Tensor = grid + block.mlp(block.norm_2(grid))
-    return out
+    grid = (grid + attention.out(mixed)).clamp(-RESIDUAL_RANGE, RESIDUAL_RANGE)
+    hidden = block.mlp_in(naive_norm(grid)).clamp(0, HIDDEN_RANGE)
+    return (grid + block.mlp_out(hidden)).clamp(-RESIDUAL_RANGE, RESIDUAL_RANGE)
+
+
+def naive_norm(x: Tensor) -> Tensor:
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return normed.clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 4), (8, 12), (9, 13), (6, 3), (1, 7)])
@@ -120,19 +141,22 @@ def naive_block(block: Block, grid: Tensor) -> Tensor:
 def test_windowed_attention_equals_dense_masked_attention(size: tuple[int, int]) -> None:
     model, tokens = make_model(num_layers=3), make_tokens(*size)
     known = tokens < 8
+    where = ~known & (torch.arange(size[1]) % 3 > 0)
+    where[0, 0, 0] = True
     grid = torch.where(known[0, ..., None], model.token_embedding(tokens[0]), model.mask_embedding)
-    for block in model.blocks:
+    bins = [torch.arange(n) * 16 // n for n in size]
+    grid = grid + model.row_embedding(bins[0])[:, None] + model.col_embedding(bins[1])
+    for i, block in enumerate(model.blocks):
         assert isinstance(block, Block)
-        grid = naive_block(block, grid)
-    expected = model.head(model.norm(grid)).flatten(0, 1)
-    logits = model(tokens, known, everywhere(tokens))
+        grid = naive_block(block, grid, (known | where)[0], offset=2 if i % 2 else 0)
+    expected = model.head(naive_norm(grid[where[0]]))
+    logits = model(tokens, known, where)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (13, 15)])
 @torch.no_grad()
 def test_a_token_reaches_its_windows_and_no_opposite_edge(size: tuple[int, int]) -> None:
-    """Rolling brings opposite edges into one window: they must not see each other."""
     model, tokens = make_model(), make_tokens(*size)
     known = everywhere(tokens)
     before = model(tokens, known, known).view(*size, V)
@@ -142,6 +166,24 @@ def test_a_token_reaches_its_windows_and_no_opposite_edge(size: tuple[int, int])
     # Rows 0 to 3 share a window with it, then rows 2 to 5 share a shifted one with those.
     expected[:6, :6] = True
     assert torch.equal(changed, expected)
+
+
+@torch.no_grad()
+def test_the_place_in_the_grid_matters() -> None:
+    model = make_model()
+    tokens = torch.zeros(1, 16, 16, dtype=torch.int64)
+    logits = model(tokens, ~everywhere(tokens), everywhere(tokens)).view(16, 16, V)
+    assert not torch.allclose(logits[4, 4], logits[8, 4])
+    assert not torch.allclose(logits[4, 4], logits[4, 8])
+
+
+@torch.no_grad()
+def test_extreme_weights_stay_in_range() -> None:
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.mul_(1e4)
+    tokens = make_tokens(8, 8)
+    assert model(tokens, tokens < 8, tokens >= 8).isfinite().all()
 
 
 @torch.no_grad()
@@ -217,14 +259,15 @@ def test_expected_cross_entropy_is_the_bits_per_token_of_the_stream(name: str) -
     model, tokens = make_model(), make_tokens(6, 7)
     array = make_schedule(name, 6, 7)
     groups = torch.from_numpy(array.astype(np.int64))
-    bits = TokenCoder(model, schedule=name, codebook_size=V).bits_per_group(tokens[0].numpy())
+    coder = TokenCoder(IntegerTransformer(model), schedule=name, codebook_size=V)
+    bits = coder.bits_per_group(tokens[0].numpy())
     assert max(bits) > 0
     expected = 0.0
     for step in range(num_groups(array)):
         loss = masked_cross_entropy(model, tokens, masks_of_steps(groups, [step])).item()
         probability = (array == step).mean()
         expected += probability * loss
-    assert expected == pytest.approx(sum(bits) / array.size, rel=1e-3)
+    assert expected == pytest.approx(sum(bits) / array.size, rel=5e-3)
 
 
 @torch.no_grad()
@@ -266,17 +309,6 @@ def test_every_parameter_learns_and_the_loss_falls() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
-
-
-def test_padding_is_attended_to_by_nothing_that_exists() -> None:
-    for shifted, size in itertools.product((False, True), ((9, 13), (6, 5), (5, 4))):
-        windows = _Windows.of(*size, 4, shifted=shifted)
-        allowed = windows.may_attend(torch.device("cpu"))
-        assert allowed is not None
-        real = windows.split(torch.ones(1, *size, 1))[..., 0] > 0
-        pairs = allowed[:, 0]
-        assert not pairs[real[:, :, None] & ~real[:, None, :]].any()
-        assert pairs.any(-1).all(), "a row without a partner would be NaN"
 
 
 def test_initial_logits_follow_the_codebook() -> None:

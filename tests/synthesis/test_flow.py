@@ -96,6 +96,15 @@ def test_source_is_noise_or_noisy_prediction() -> None:
     torch.testing.assert_close(flow.source(prediction, noise), prediction + noise / 4)
 
 
+def test_temperature_scales_the_noise_of_sampling_alone() -> None:
+    prediction, noise = torch.randn(1, 4, 6, 6), torch.randn(1, 4, 6, 6)
+    cold = Flow(shift=1.0, from_prediction=True, sigma=0.25, temperature=0.5)
+    torch.testing.assert_close(cold.source(prediction, noise), prediction + noise / 4)
+    torch.testing.assert_close(cold.sampling_source(prediction, noise), prediction + noise / 8)
+    from_noise = Flow(shift=1.0, from_prediction=False, sigma=1.0, temperature=0.5)
+    torch.testing.assert_close(from_noise.sampling_source(prediction, noise), noise / 2)
+
+
 @given(
     shift=st.floats(1, 20),
     times=st.lists(st.floats(0, 1), min_size=2, max_size=8),

@@ -1,0 +1,160 @@
+"""Measures the entropy coding of models on a folder of pictures, and prints it as markdown.
+
+``python benchmarks/entropy.py --data KODAK --held-out COCO --model tiny tiny-low``
+
+For each model: bits per token of every schedule group from real payloads; the saving against
+log2(V) bits and against the zero-order entropy of the tokens of *other* pictures (``--held-out``);
+what the integers cost against the float model; seconds; and rate and PSNR of hybrid mode for every
+number of groups (``--hybrid``, which paints).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+import percov2
+from percov2.codec import Codec
+from percov2.data.transforms import image_to_tensor
+from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
+from percov2.entropy.schedules import num_groups
+from percov2.entropy.token_coder import TokenCoder, Tokens
+from percov2.files import list_images
+from percov2.images import read_image
+
+
+def grids_of(codec: Codec, folder: Path) -> list[Tokens]:
+    """Tokens of all pictures of a folder."""
+    return [codec.encode_tokens(path) for path in list_images(folder)]
+
+
+def cross_entropy(grids: list[Tokens], others: list[Tokens], codes: int) -> float:
+    """Bits per token of ``grids`` under the histogram (plus one each) of ``others``."""
+    counts = sum(np.bincount(g.ravel(), minlength=codes) for g in others) + 1
+    bits = -np.log2(counts / counts.sum())
+    return float(np.concatenate([bits[g.ravel()] for g in grids]).mean())
+
+
+@torch.no_grad()
+def float_bits(codec: Codec, grid: Tokens) -> float:
+    """Bits of a grid under the float model."""
+    model = codec.components.tokenizer.masked_transformer
+    groups = codec.config.schedule
+    order = torch.from_numpy(
+        TokenCoder(None, schedule=groups, codebook_size=model.config.codebook_size)
+        .groups(*grid.shape)
+        .astype(np.int64)
+    )[None]
+    tokens, total = torch.from_numpy(grid)[None], 0.0
+    for k in range(int(order.max()) + 1):
+        where = order == k
+        logits = model(tokens, order < k, where).double().log_softmax(-1)
+        total -= float(logits.gather(1, tokens[where][:, None]).sum()) / np.log(2)
+    return total
+
+
+def seconds(coder: TokenCoder, grid: Tokens) -> tuple[float, float]:
+    """Medians of five encodings and decodings of a grid, model included."""
+    steps, rows = coder.steps_total(*grid.shape), []
+    for _ in range(5):
+        started = time.perf_counter()
+        payload = coder.encode(grid, steps=steps)
+        encoded = time.perf_counter()
+        read = coder.read(RangeDecoder(payload), *grid.shape, steps=steps)
+        rows.append((encoded - started, time.perf_counter() - encoded))
+        assert (read == grid).all()
+    encode, decode = np.median(rows, 0)
+    return float(encode), float(decode)
+
+
+def coder_milliseconds(count: int = 1536, codes: int = 256) -> tuple[float, float]:
+    """Medians for the range coder alone: ``count`` symbols of ``codes``, frequencies at hand."""
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.full(codes, 0.1), count)
+    frequencies = 1 + np.floor(share * (2**24 - codes)).astype(np.int64)
+    frequencies[np.arange(count), frequencies.argmax(1)] += 2**24 - frequencies.sum(1)
+    symbols = np.array([rng.choice(codes, p=row / 2**24) for row in frequencies], np.int32)
+    rows = []
+    for _ in range(9):
+        started = time.perf_counter()
+        encoder = RangeEncoder()
+        encoder.encode(symbols, frequencies)
+        payload = encoder.finish()
+        encoded = time.perf_counter()
+        assert (RangeDecoder(payload).decode(frequencies) == symbols).all()
+        rows.append((encoded - started, time.perf_counter() - encoded))
+    encode, decode = 1000 * np.median(rows, 0)
+    return float(encode), float(decode)
+
+
+def measure(codec: Codec, grids: list[Tokens], held_out: list[Tokens] | None) -> None:
+    """Print the rate of one model."""
+    coder = codec.components.tokenizer.token_coder(codec.config.schedule)
+    codes, count = coder.codebook_size, sum(g.size for g in grids)
+    written = (
+        8 * sum(len(coder.encode(g, steps=coder.steps_total(*g.shape))) for g in grids) / count
+    )
+    per_group = np.mean([coder.bits_per_group(g) for g in grids], 0)
+    ideal, as_float = float(per_group.sum()), float(np.mean([float_bits(codec, g) for g in grids]))
+    uniform = np.log2(codes)
+    print(f"| {codec.config.name}, {codec.config.schedule} | |\n|---|---|")
+    print(f"| bits per token, from bytes | {written:.3f} |")
+    print(
+        f"| saving against uniform ({uniform:.0f} bits) | {100 * (1 - written / uniform):.1f} % |"
+    )
+    if held_out is not None:
+        zero = cross_entropy(grids, held_out, codes)
+        print(f"| zero-order entropy, histogram of other pictures | {zero:.3f} |")
+        print(f"| saving against it | {100 * (1 - written / zero):.1f} % |")
+    print(f"| integers against the float model | {100 * (ideal / as_float - 1):+.3f} % |")
+    encode, decode = seconds(coder, grids[0])
+    shape = "x".join(map(str, grids[0].shape))
+    print(f"| encode and decode {shape} tokens | {encode:.2f} s and {decode:.2f} s |")
+    groups = [coder.groups(*grids[0].shape) == k for k in range(len(per_group))]
+    rates = ", ".join(f"{b / g.sum():.2f}" for b, g in zip(per_group, groups, strict=True))
+    print(f"| bits per token of each group | {rates} |\n")
+
+
+def hybrid(codec: Codec, folder: Path) -> None:
+    """Print rate and PSNR for every number of groups sent."""
+    print(f"| {codec.config.name}: groups sent | bytes | bpp | PSNR (dB) |\n|---|---|---|---|")
+    paths = list_images(folder)
+    total = min(num_groups(codec._coder.groups(*codec.encode_tokens(p).shape)) for p in paths[:1])
+    for steps in range(1, total + 1):
+        rows = []
+        for path in paths:
+            image, _ = read_image(path)
+            data = codec.compress(image, caption="", schedule_steps=steps)
+            pair = (image_to_tensor(x) / 2 + 0.5 for x in (codec.decompress(data), image))
+            psnr = float(peak_signal_noise_ratio(*pair, data_range=1.0))
+            rows.append((len(data), 8 * len(data) / (image.width * image.height), psnr))
+        size, bpp, psnr = np.mean(rows, 0)
+        print(f"| {steps} | {size:.0f} | {bpp:.4f} | {psnr:.2f} |")
+    print()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--held-out", type=Path, help="other pictures, for the zero-order entropy")
+    parser.add_argument("--model", nargs="+", default=["tiny", "tiny-low"])
+    parser.add_argument("--hybrid", action="store_true", help="paint every number of groups too")
+    args = parser.parse_args()
+    encode, decode = coder_milliseconds()
+    print(f"range coder alone, 1,536 symbols of 256: {encode:.1f} ms and {decode:.1f} ms\n")
+    for model in args.model:
+        codec = percov2.load(model)
+        held_out = None if args.held_out is None else grids_of(codec, args.held_out)
+        measure(codec, grids_of(codec, args.data), held_out)
+        if args.hybrid:
+            hybrid(codec, args.data)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""One-line messages for people."""
+
+from __future__ import annotations
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks; its type's name if there is none."""
+    return " ".join(str(error).split()) or type(error).__name__

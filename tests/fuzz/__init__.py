@@ -1,0 +1,1 @@
+"""Mutated streams: each decodes or is refused, soon and in little memory."""
