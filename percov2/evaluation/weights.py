@@ -1,0 +1,69 @@
+"""Where the networks of metrics get their weights: a folder, torch's hub cache, the network."""
+
+from __future__ import annotations
+
+import http.client
+import pickle
+import socket
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SECONDS_TO_CONNECT = 20.0
+# No network: URLError, an OSError, or what a broken connection raises. A file of another network
+# or a damaged one: RuntimeError, ValueError, or what unpickling raises.
+_FAILURES = (
+    OSError,
+    http.client.HTTPException,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+    EOFError,
+)
+
+
+class AbsentError(Exception):
+    """Something cannot be measured here; the text says why, in one line."""
+
+
+@contextmanager
+def weights_from(folder: Path | None, what: str) -> Iterator[None]:
+    """Have torch's hub read and write its files in a folder while the block runs.
+
+    Args:
+        folder: holds files under the names that the hub gives them, for instance
+            ``alexnet-owt-7be5be79.pth``; None is the hub's own cache (``TORCH_HOME``).
+        what: is made in the block, for the message.
+
+    Raises:
+        AbsentError: a file is neither there nor to be had.
+    """
+    import torch
+
+    before, timeout = torch.hub.get_dir(), socket.getdefaulttimeout()
+    with tempfile.TemporaryDirectory() as hub:
+        if folder is not None:
+            (Path(hub) / "checkpoints").symlink_to(folder.resolve(), target_is_directory=True)
+            torch.hub.set_dir(hub)
+        socket.setdefaulttimeout(_SECONDS_TO_CONNECT)  # a host that swallows packets is no answer
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torchvision's about the way it is called
+                yield
+        except _FAILURES as error:
+            where = f"in {folder}" if folder is not None else f"in {before}/checkpoints"
+            raise AbsentError(
+                f"the weights of {what} are neither {where} nor to be had ({first_line(error)})"
+            ) from error
+        finally:
+            if folder is not None:
+                torch.hub.set_dir(before)
+            socket.setdefaulttimeout(timeout)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
