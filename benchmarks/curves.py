@@ -19,11 +19,13 @@ _SMOOTHING = 10
 
 
 def scalars(run: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and values of every logged scalar; of a resumed run's overlap the later one."""
+    """Steps and values of every training loss; of a resumed run's overlap the later one."""
     events = EventAccumulator(str(run / "tensorboard" / "version_0"))
     events.Reload()
     curves = {}
     for tag in events.Tags()["scalars"]:
+        if not tag.startswith("train/"):
+            continue
         values = {event.step: event.value for event in events.Scalars(tag)}
         steps = sorted(values)
         curves[tag] = (np.array(steps), np.array([values[step] for step in steps]))

@@ -1,15 +1,14 @@
 """Compares the training stream with a bare webdataset pipeline over the same shards and crops.
 
-``python benchmarks/stream.py --shards 'shards/*.tar'`` prints images per second (median of several
-runs) for 1 and 2 workers and their ratio, then the memory of the process and its workers while
-20,000 samples go by.
+``python benchmarks/stream.py --shards 'shards/*.tar'`` prints tables in Markdown: images per
+second (median of several runs) for 1 and 2 workers and their ratio, then the memory of the process
+and its workers while 20,000 samples go by.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import statistics
 import time
@@ -117,6 +116,9 @@ def main() -> None:
     parser.add_argument("--memory-samples", type=int, default=20_000, help="0 leaves memory out")
     options = parser.parse_args()
     shards = expand_shards(options.shards)
+    print(f"{len(shards) - 1} shards, {options.crop}x{options.crop}, {options.runs} runs.\n")
+    print("| workers | bare webdataset, images/s | ours, images/s | ours / bare |")
+    print("|---:|---:|---:|---:|")
     for workers in options.workers:
         speeds: dict[str, list[float]] = {"bare": [], "ours": []}
         for _ in range(options.runs):  # in turn, so that a busy machine disturbs both
@@ -124,14 +126,19 @@ def main() -> None:
                 images_per_second(bare_loader(shards[1:], options, workers), options)
             )
             speeds["ours"].append(images_per_second(our_loader(shards, options, workers), options))
-        medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-        ratio = round(medians["ours"] / medians["bare"], 3)
-        print(json.dumps({"workers": workers, "images_per_second": medians, "ratio": ratio}))
+        bare, ours = (statistics.median(speeds[name]) for name in ("bare", "ours"))
+        print(f"| {workers} | {bare:.1f} | {ours:.1f} | {ours / bare:.3f} |", flush=True)
     if options.memory_samples:
         workers = max(options.workers)
-        ours = memory_over(our_loader(shards, options, workers), options)
-        bare = memory_over(bare_loader(shards[1:], options, workers), options)
-        print(json.dumps({"samples_and_mib": {"ours": ours, "bare": bare}}))
+        grown = zip(
+            memory_over(our_loader(shards, options, workers), options),
+            memory_over(bare_loader(shards[1:], options, workers), options),
+            strict=True,
+        )
+        print(f"\n| samples, {workers} workers | ours, MiB | bare webdataset, MiB |")
+        print("|---:|---:|---:|")
+        for (samples, mib), (_, bare_mib) in grown:
+            print(f"| {samples} | {mib} | {bare_mib} |")
 
 
 if __name__ == "__main__":

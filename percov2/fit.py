@@ -7,6 +7,7 @@ override earlier ones. The resolved configuration is written into the run's fold
 from __future__ import annotations
 
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -17,7 +18,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from percov2.training.callbacks import ExportModel
 from percov2.training.checkpointing import AtomicCheckpointIO, resolve_checkpoint
 from percov2.training.config_errors import explain
-from percov2.training.strategy import ZeroStrategy, check_checkpoint
+from percov2.training.resume import check_checkpoint
+from percov2.training.strategy import ZeroStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Variables:
         run: folder of the run: curves, checkpoints, exported model.
         data: folder of the data sets.
         autoencoder: directory with an autoencoder (stage 1).
-        tokenizer: stage 1 directory (stage 2).
+        tokenizer: stage 1 directory (stage 2, and stage 1 that retrains a masked transformer).
         name: of the model (stage 2).
         schedule: of the token groups.
         reduction: latents per token along an axis (stage 1).
@@ -96,6 +98,23 @@ class FitCLI(LightningCLI):
         (directory / "training.yaml").write_text(config, encoding="utf-8")
 
 
+def check_writable(run: Path) -> None:
+    """Make a run's folder, and refuse one that cannot hold files before a step is trained.
+
+    Raises:
+        ValueError: names the folder.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ValueError(
+            f"vars.run is {run}, where nothing can be written ({error.strerror}): choose another "
+            "folder, get write permission or free space"
+        ) from error
+
+
 def main(args: list[str] | None = None) -> L.Trainer:
     """Train as the command line says; returns the trainer (for tests and notebooks).
 
@@ -104,8 +123,9 @@ def main(args: list[str] | None = None) -> L.Trainer:
         SystemExit: the configuration cannot be parsed (code 2, the reason on stderr).
     """
     cli = FitCLI(args)
-    folder = Path(cli.config.vars.run) / "checkpoints"
-    checkpoint = resolve_checkpoint(cli.config.ckpt_path, folder)
+    run = Path(cli.config.vars.run)
+    check_writable(run)
+    checkpoint = resolve_checkpoint(cli.config.ckpt_path, run / "checkpoints")
     if not isinstance(cli.trainer.strategy, ZeroStrategy):
         cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if checkpoint is not None:

@@ -21,9 +21,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from percov2.bitstream import MAX_SIDE, MIN_SIDE
 from percov2.files import atomic_path
+from percov2.messages import one_line
 
-# An allow-list: Pillow's other readers include ones that run external programs (EPS).
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF")
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF")
+"""An allow-list: Pillow's other readers include ones that run external programs (EPS)."""
 
 # What Pillow raises on damaged files besides OSError: SyntaxError for broken headers and chunks,
 # EOFError for missing frames, ValueError, struct.error, LookupError and TypeError for header fields
@@ -166,31 +167,28 @@ def _named_damage(path: Path) -> Iterator[None]:
         yield
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"{path}: not a picture, or damaged at its beginning: give one of {', '.join(_FORMATS)}"
+            f"{path}: not a picture, or damaged at its beginning: give one of "
+            f"{', '.join(READABLE_FORMATS)}"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path}: {_one_line(error)}: each side must be {MIN_SIDE} to {MAX_SIDE} pixels, "
+            f"{path}: {one_line(error)}: each side must be {MIN_SIDE} to {MAX_SIDE} pixels, "
             "resize or crop the picture first"
         ) from error
     except _DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not Pillow's
             raise ValueError(f"{path}: cannot be opened: {error.strerror}") from error
         raise ValueError(
-            f"{path}: cannot be decoded as a picture ({_one_line(error)}): "
+            f"{path}: cannot be decoded as a picture ({one_line(error)}): "
             "damaged or truncated, fetch it again or save it anew"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _open(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow only warns about pictures of one to two times its own limit; both exceed ours.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path, formats=_FORMATS)
+        return Image.open(path, formats=READABLE_FORMATS)
 
 
 def _load_first_frame(image: Image.Image) -> bool:

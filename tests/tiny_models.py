@@ -132,12 +132,17 @@ def tiny_sd3_transformer(
     return _evaluating(transformer)
 
 
-def tiny_vae(*, latent_channels: int = 4) -> AutoencoderKL:
-    """AutoencoderKL that reduces each side 2x, with SD3's kind of shift and scale."""
+def tiny_vae(*, latent_channels: int = 4, levels: int = 2) -> AutoencoderKL:
+    """AutoencoderKL with SD3's kind of shift and scale.
+
+    Args:
+        latent_channels: 16 in SD3.
+        levels: each side is reduced by 2 ** (levels - 1); 4 levels in SD3.
+    """
     vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         norm_num_groups=4,
         latent_channels=latent_channels,

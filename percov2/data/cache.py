@@ -32,21 +32,15 @@ from percov2.analysis.autoencoder import Autoencoder
 from percov2.components import load_autoencoder
 from percov2.data.cached import EMPTY_NAME, pack, save_empty
 from percov2.data.coco import CocoRecords, read_annotations
-from percov2.data.faults import FaultError, FilteredError, one_line
+from percov2.data.faults import FaultError, FilteredError
 from percov2.data.filters import NO_FILTERS, Filters
 from percov2.data.folder import FolderRecords
 from percov2.data.module import read_items
-from percov2.data.samples import (
-    PictureDecoder,
-    Records,
-    Sample,
-    make_captions,
-    seeded_rng,
-)
+from percov2.data.samples import Records, Sample, picture_decoder, seeded_rng
 from percov2.data.shards import DEFAULT_RETRY, expand_shards
 from percov2.data.stream import Item, read_record
-from percov2.data.transforms import CropTransform
 from percov2.files import atomic_path
+from percov2.messages import one_line
 from percov2.model_store import resolve_model
 from percov2.synthesis.text_conditioner import CONFIG_NAME, TextConditioner
 
@@ -118,15 +112,6 @@ def _content(settings: CacheSettings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in elsewhere}
 
 
-def _decoder(settings: CacheSettings) -> PictureDecoder:
-    """Bytes to crop and caption."""
-    return PictureDecoder(
-        crop=CropTransform(size=settings.crop, max_zoom=settings.max_zoom),
-        captions=make_captions(settings.captions),
-        filters=settings.filters,
-    )
-
-
 @dataclass(kw_only=True)
 class Summary:
     """What a run did.
@@ -183,7 +168,12 @@ class _Job:
         pool: ThreadPoolExecutor,
     ) -> None:
         self.settings, self.encoder, self.summary, self.pool = settings, encoder, summary, pool
-        self.decoder = _decoder(settings)
+        self.decoder = picture_decoder(
+            crop=settings.crop,
+            max_zoom=settings.max_zoom,
+            captions=settings.captions,
+            filters=settings.filters,
+        )
 
     def write_input(self, name: str, items: Iterable[Item]) -> bool:
         """Write the parts of one input that are not there; False if it could not be opened."""

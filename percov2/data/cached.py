@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
-from percov2.data.faults import FaultError, one_line
+from percov2.data.faults import FaultError
 from percov2.data.filters import NO_FILTERS
 from percov2.data.module import ShardDataModule
 from percov2.data.samples import Batch, RawSample, Sample, decode_picture, read_metadata
 from percov2.data.shards import DEFAULT_RETRY, Retry
 from percov2.data.transforms import image_to_tensor, tensor_to_image
 from percov2.files import atomic_path
+from percov2.messages import one_line
 
 EMPTY_NAME = "empty.safetensors"
 _EMBEDDINGS, _POOLED = "text_embeddings", "text_pooled"

@@ -17,8 +17,7 @@ from typing import Literal
 
 from percov2.data.filters import NO_FILTERS, Filters
 from percov2.data.module import FileDataModule
-from percov2.data.samples import CaptionMix, PictureDecoder, RawSample
-from percov2.data.transforms import CropTransform
+from percov2.data.samples import RawSample, picture_decoder
 from percov2.files import atomic_path
 
 COCO_30K = 30_000
@@ -206,10 +205,8 @@ class CocoDataModule(FileDataModule):
             train_records=CocoRecords(train, train_folder),
             val_records=CocoRecords(val, val_folder),
             source=str(train_folder),
-            decoder=PictureDecoder(
-                crop=CropTransform(size=crop, max_zoom=max_zoom),
-                captions=CaptionMix(weights={source: 1.0}),
-                filters=filters,
+            decoder=picture_decoder(
+                crop=crop, max_zoom=max_zoom, captions={source: 1.0}, filters=filters
             ),
             batch_size=batch_size,
             val_samples=val_samples,

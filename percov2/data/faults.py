@@ -20,11 +20,6 @@ MAX_FILTERED_IN_A_ROW = 10_000
 """Intact samples that the filters may refuse in a row before that is taken for a mistake."""
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an exception without line breaks; its type's name if there is none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 class FaultError(Exception):
     """A sample or a shard that cannot be used.
 

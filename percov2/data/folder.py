@@ -7,8 +7,7 @@ from pathlib import Path
 
 from percov2.data.filters import NO_FILTERS, Filters
 from percov2.data.module import FileDataModule
-from percov2.data.samples import PictureDecoder, RawSample, make_captions
-from percov2.data.transforms import CropTransform
+from percov2.data.samples import RawSample, picture_decoder
 from percov2.files import list_images
 
 
@@ -83,10 +82,8 @@ class FolderDataModule(FileDataModule):
             train_records=train,
             val_records=val,
             source=str(train_folder),
-            decoder=PictureDecoder(
-                crop=CropTransform(size=crop, max_zoom=max_zoom),
-                captions=make_captions(captions),
-                filters=filters,
+            decoder=picture_decoder(
+                crop=crop, max_zoom=max_zoom, captions=captions, filters=filters
             ),
             batch_size=batch_size,
             val_samples=val_samples,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from percov2.data.filters import NO_FILTERS, Filters
 from percov2.data.module import ShardDataModule
-from percov2.data.samples import Batch, PictureDecoder, make_captions
+from percov2.data.samples import Batch, picture_decoder
 from percov2.data.shards import DEFAULT_RETRY, Retry, expand_shards
-from percov2.data.transforms import CropTransform
 
 __all__ = ["Batch", "LaionDataModule", "expand_shards"]
 
@@ -54,10 +53,8 @@ class LaionDataModule(ShardDataModule):
         super().__init__(
             train_shards=train_shards,
             val_shards=val_shards,
-            decoder=PictureDecoder(
-                crop=CropTransform(size=crop, max_zoom=max_zoom),
-                captions=make_captions(captions),
-                filters=filters,
+            decoder=picture_decoder(
+                crop=crop, max_zoom=max_zoom, captions=captions, filters=filters
             ),
             batch_size=batch_size,
             val_samples=val_samples,

@@ -13,10 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 
 from percov2.data.faults import FaultError, FilteredError
+from percov2.data.processes import gather_objects
 from percov2.data.samples import Batch, Decoder, RawSample, Records, Sample, collate
 from percov2.data.shards import Retry, expand_shards, read_shard, scheme_of
 from percov2.data.stream import (
@@ -196,11 +196,7 @@ class StreamDataModule(L.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Where every rank stands. A collective call: every rank must make it."""
-        states: list[Any] = [self.progress.state()]
-        if distributed.is_available() and distributed.is_initialized():
-            states = [None] * distributed.get_world_size()
-            distributed.all_gather_object(states, self.progress.state())
-        return {"identity": self._identity(), "ranks": states}
+        return {"identity": self._identity(), "ranks": gather_objects(self.progress.state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was called.

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from percov2.data.faults import FaultError, FilteredError, one_line
+from percov2.data.faults import FaultError, FilteredError
 from percov2.data.filters import Filters
 from percov2.data.transforms import CropTransform
 from percov2.files import IMAGE_SUFFIXES
-from percov2.images import to_srgb
+from percov2.images import READABLE_FORMATS, to_srgb
+from percov2.messages import one_line
 
 RawSample = Mapping[str, Any]
 """What a shard holds of a sample: ``__key__`` and ``__url__`` (texts), then bytes by suffix."""
@@ -38,8 +39,6 @@ class Records(Protocol):
 MAX_PIXELS = 2**26
 """Pictures of more pixels (8192x8192) are not decoded: 200 MB in one worker."""
 
-# An allow-list: Pillow's other readers include ones that run external programs (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF")
 _NO_CAPTION = "empty"
 _JSON_PREFIX = "json."
 
@@ -237,6 +236,27 @@ class PictureDecoder:
         return {"image": self.crop(picture, rng), "caption": caption, "key": raw["__key__"]}
 
 
+def picture_decoder(
+    *, crop: int, max_zoom: float, captions: dict[str, float] | None, filters: Filters
+) -> PictureDecoder:
+    """`PictureDecoder` from the fields of a configuration.
+
+    Args:
+        crop: side of the square crops in pixels.
+        max_zoom: see `CropTransform`.
+        captions: weights of caption sources, see `CaptionMix`; None is ``{txt: 1}``.
+        filters: what is refused.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    return PictureDecoder(
+        crop=CropTransform(size=crop, max_zoom=max_zoom),
+        captions=make_captions(captions),
+        filters=filters,
+    )
+
+
 def decode_picture(data: bytes, filters: Filters) -> Image.Image:
     """Bytes to an sRGB picture.
 
@@ -245,7 +265,7 @@ def decode_picture(data: bytes, filters: Filters) -> Image.Image:
         FilteredError: of a size that the filters refuse; found before any pixel is decoded.
     """
     with _counted_damage(), io.BytesIO(data) as file:
-        picture = Image.open(file, formats=_FORMATS)
+        picture = Image.open(file, formats=READABLE_FORMATS)
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise FaultError("oversized_image", f"{width}x{height} is above {MAX_PIXELS} pixels")

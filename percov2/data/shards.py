@@ -19,8 +19,9 @@ from webdataset.gopen import gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
-from percov2.data.faults import FaultError, one_line
+from percov2.data.faults import FaultError
 from percov2.data.samples import RawSample
+from percov2.messages import one_line
 
 _BLOCK = tarfile.BLOCKSIZE
 _READ_SIZE = 1 << 16

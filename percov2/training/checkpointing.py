@@ -23,6 +23,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
 from percov2.files import atomic_path
+from percov2.messages import one_line
 
 SUFFIX = ".ckpt"
 _REPLACED = ".replaced"
@@ -241,7 +242,7 @@ def read_checkpoint(path: Path, *, meta: bool = False) -> dict[str, Any]:
         )
         assert isinstance(state["state_dict"], dict)
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
+        reason = one_line(error).split(". ")[0]
         raise ValueError(
             f"{path} is not a checkpoint of percov2.fit, or a damaged one ({reason}): choose "
             "another"

@@ -7,6 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from diffusers import ModelMixin
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,12 +22,15 @@ from percov2.entropy.masked_transformer import (
     masked_cross_entropy,
 )
 from percov2.entropy.schedules import make_schedule
-from percov2.entropy.token_coder import TokenCoder
 from percov2.synthesis.latent_decoder import LatentDecoder
 from percov2.training.autoencoder_stage import psnr
+from percov2.training.batches import image_of, latents_of
 from percov2.training.hub import local_copy
+from percov2.training.notice import autoencoder_changes, write_notice
 from percov2.training.optimization import Optimization, Phase, build_optimizer
+from percov2.training.processes import total_over_processes
 from percov2.training.randomness import sample_generators
+from percov2.training.take_over import take_over, take_over_if_equal
 
 
 class EntropyStage(L.LightningModule):
@@ -34,7 +39,8 @@ class EntropyStage(L.LightningModule):
     Steps 0 .. ``tokenizer_steps`` - 1 train hyper-encoder, quantiser and latent decoder; steps
     from ``masked_steps_from`` on train the masked transformer on detached tokens. With
     ``tokenizer_steps`` equal to ``masked_steps_from`` no compute is spent on modelling tokens
-    that still move.
+    that still move. With ``start`` both may be 0: the tokenizer is then frozen and the masked
+    transformer trained alone.
 
     Args:
         autoencoder: directory that holds an `autoencoder` or a `vae` folder, or the hub id of a
@@ -53,6 +59,12 @@ class EntropyStage(L.LightningModule):
         commitment_weight: of the quantiser's commitment loss; 0 is PerCo's choice.
         random_mask_share: share of samples with random instead of scheduled masks, in [0, 1].
         seed: of the masks.
+        start: stage 1 directory whose hyper-encoder, quantiser and latent decoder are taken over,
+            and the masked transformer too if its architecture is the same.
+
+    Raises:
+        ValueError: phases that leave a gap, a tokenizer that is neither trained nor taken over, or
+            a ``start`` that is configured otherwise.
     """
 
     def __init__(
@@ -72,8 +84,14 @@ class EntropyStage(L.LightningModule):
         commitment_weight: float,
         random_mask_share: float = 0.1,
         seed: int = 0,
+        start: Path | None = None,
     ) -> None:
         super().__init__()
+        if not tokenizer_steps and start is None:
+            raise ValueError(
+                "tokenizer_steps is 0 and start is null, so the tokenizer would stay random: name "
+                "a stage 1 directory as start, or train for some steps"
+            )
         if masked_steps_from > tokenizer_steps:
             raise ValueError(
                 f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
@@ -91,23 +109,43 @@ class EntropyStage(L.LightningModule):
         self.pixel_weight, self.commitment_weight = pixel_weight, commitment_weight
         self.random_mask_share = random_mask_share
         self._masked_started = False
+        if start is not None:
+            self._take_over(start)
+        if not tokenizer_steps:
+            for part in self._tokenizer().values():
+                part.requires_grad_(False)
 
-    def on_fit_start(self) -> None:
-        """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
+    def _tokenizer(self) -> dict[str, ModelMixin]:
+        """What the first phase trains, by name."""
+        return {
+            "hyper_encoder": self.hyper_encoder,
+            "quantizer": self.quantizer,
+            "latent_decoder": self.latent_decoder,
+        }
+
+    def _take_over(self, start: Path) -> None:
+        for name, part in self._tokenizer().items():
+            take_over(part, start, name)
+        difference = take_over_if_equal(self.masked_transformer, start, "masked_transformer")
+        self._masked_started = difference is None
+        if difference is not None:
+            rank_zero_warn(f"{difference}: the masked transformer is trained from the beginning")
+
+    def setup(self, stage: str) -> None:
+        """Convolutions are up to twice as fast with channels last, on CPU and GPU.
+
+        Before the strategy wraps the module: DDP's buckets then have the gradients' layout.
+        """
         self.to(memory_format=torch.channels_last)
 
-    def _tokenizer_loss(self, image: Tensor | None, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def _tokenizer_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction + commitment, and the tokens (B, r, c)."""
         quantized = self.quantizer(self.hyper_encoder(latents))
         prediction = self.latent_decoder(quantized.features)
         loss = F.mse_loss(prediction, latents)
         self.log("train/latent_mse", loss, prog_bar=True)
         if self.pixel_weight:
-            if image is None:
-                raise ValueError(
-                    f"pixel_weight is {self.pixel_weight} and the cache has no pictures: write it "
-                    "with `python -m percov2.data.cache --images true`, or set pixel_weight 0"
-                )
+            image = image_of(batch, needed_by=f"pixel_weight {self.pixel_weight}")
             pixel_error = F.mse_loss(self.autoencoder.decode(prediction), image)
             self.log("train/pixel_mse", pixel_error, prog_bar=True)
             loss = loss + self.pixel_weight * pixel_error
@@ -136,10 +174,9 @@ class EntropyStage(L.LightningModule):
         """Loss of the phase or phases that this step belongs to."""
         tokenizing = self.global_step < self.tokenizer_steps
         with torch.no_grad():
-            cached = batch.get("latents")
-            latents = self.autoencoder.encode(batch["image"]) if cached is None else cached
+            latents = latents_of(batch, self.autoencoder)
         if tokenizing:
-            loss, tokens = self._tokenizer_loss(batch.get("image"), latents)
+            loss, tokens = self._tokenizer_loss(batch, latents)
         else:
             tokens = self._frozen_tokens(latents)
             loss = latents.new_zeros(())
@@ -164,8 +201,8 @@ class EntropyStage(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """PSNR of the predicted latents; real bytes of the token streams."""
-        image = batch["image"]
-        latents = self.autoencoder.encode(image)
+        image = image_of(batch, needed_by="validation")
+        latents = latents_of(batch, self.autoencoder)
         quantized = self.quantizer(self.hyper_encoder(latents))
         prediction = self.latent_decoder(quantized.features)
         size = len(image)
@@ -174,42 +211,41 @@ class EntropyStage(L.LightningModule):
         self.log("val/psnr", psnr(decoded, image), batch_size=size, sync_dist=True, prog_bar=True)
         tokens = quantized.tokens.cpu()
         self._counts += torch.bincount(tokens.flatten(), minlength=len(self._counts))
-        coder = TokenCoder(
-            None if self.schedule == "uniform" else self.masked_transformer,
-            schedule=self.schedule,
-            codebook_size=self.quantizer.codebook_size,
-        )
+        coder = self.components().token_coder(self.schedule, device=self.device)
         steps = coder.steps_total(*tokens.shape[1:])
         for grid in tokens.numpy():
             self._bytes += len(coder.encode(grid, steps=steps))
 
     def on_validation_epoch_end(self) -> None:
         """Bits per token from bytes, beside the entropy that a mere histogram would give."""
-        share = self._counts.double() / self._counts.sum()
+        counted = torch.cat([self._counts, torch.tensor([self._bytes])])
+        counted = total_over_processes(self.trainer, counted)
+        counts, size = counted[:-1], int(counted[-1])
+        share = counts.double() / counts.sum()
         entropy = -(share * share.clamp_min(1e-12).log2()).sum()
-        self.log("val/bits_per_token", 8 * self._bytes / int(self._counts.sum()), prog_bar=True)
-        self.log("val/zero_order_entropy", entropy.float())
-        self.log("val/codes_used", (self._counts > 0).sum().float())
+        # The same on all processes; Lightning warns of what is not synchronised.
+        bits = 8 * size / int(counts.sum())
+        self.log("val/bits_per_token", bits, prog_bar=True, sync_dist=True)
+        self.log("val/zero_order_entropy", entropy.float(), sync_dist=True)
+        self.log("val/codes_used", (counts > 0).sum().float(), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a parameter group, and a schedule, per phase."""
         last = int(self.trainer.estimated_stepping_batches)
-        parts = (self.hyper_encoder, self.quantizer, self.latent_decoder)
-        return build_optimizer(
-            Phase(
-                optimization=self.tokenizer_optimization,
-                parameters=[p for part in parts for p in part.parameters()],
-                first=0,
-                last=min(self.tokenizer_steps, last),
-            ),
-            Phase(
-                optimization=self.masked_optimization,
-                parameters=self.masked_transformer.parameters(),
-                first=self.masked_steps_from,
-                last=last,
-            ),
-            strategy=self.trainer.strategy,
+        tokenizer = Phase(
+            optimization=self.tokenizer_optimization,
+            parameters=[p for part in self._tokenizer().values() for p in part.parameters()],
+            first=0,
+            last=min(self.tokenizer_steps, last),
         )
+        masked = Phase(
+            optimization=self.masked_optimization,
+            parameters=self.masked_transformer.parameters(),
+            first=self.masked_steps_from,
+            last=last,
+        )
+        phases = [tokenizer, masked] if self.tokenizer_steps else [masked]
+        return build_optimizer(*phases, strategy=self.trainer.strategy)
 
     def components(self) -> TokenizerComponents:
         """The tokenizer in its present state, sharing the stage's weights."""
@@ -224,3 +260,4 @@ class EntropyStage(L.LightningModule):
     def export(self, directory: Path) -> None:
         """Write a stage 1 directory."""
         self.components().save(directory)
+        write_notice(directory, autoencoder_changes(self.autoencoder))

@@ -18,10 +18,12 @@ from percov2.entropy.schedules import make_schedule
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict, predict_velocity
 from percov2.synthesis.sampler import Tiling, sample
-from percov2.synthesis.text_conditioner import TextCondition
+from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
 from percov2.training.adaptation import Adaptation
 from percov2.training.autoencoder_stage import psnr
+from percov2.training.batches import image_of, latents_of
 from percov2.training.flow_start import FlowStart
+from percov2.training.notice import autoencoder_changes, write_notice
 from percov2.training.optimization import Optimization, Phase, build_optimizer
 from percov2.training.perceptual import LpipsNet, PerceptualLoss
 from percov2.training.randomness import sample_generators
@@ -48,6 +50,8 @@ class FlowStage(L.LightningModule):
         train_text_encoders: whether the text encoders learn (tiny ones must, SD3's must not).
         default_steps: stored with the model.
         default_guidance: stored with the model.
+        cached_text: whether the data bring the text of their captions (a cache). The text encoders
+            are then not loaded until the model is exported.
         gradient_checkpointing: compute the transformer's activations anew in the backward pass:
             a third more compute, far less memory.
         lpips_weight: of LPIPS between the decoded estimate of the data and the image, with
@@ -57,6 +61,10 @@ class FlowStage(L.LightningModule):
         validation_steps: sampling steps of the validation images.
         half: export float16 weights.
         seed: of noise, times and caption drop.
+
+    Raises:
+        ValueError: parts that do not fit together, or ``cached_text`` with text encoders that are
+            to learn or do not exist yet.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class FlowStage(L.LightningModule):
         train_text_encoders: bool,
         default_steps: int,
         default_guidance: float,
+        cached_text: bool = False,
         gradient_checkpointing: bool = False,
         lpips_weight: float = 0.0,
         lpips_net: LpipsNet = "vgg",
@@ -89,14 +98,15 @@ class FlowStage(L.LightningModule):
         for part, module in parts.modules().items():
             setattr(self, part, module.requires_grad_(train_tokenizer and part in trained))
         self.parts = parts
-        self.transformer, self.text_conditioner = start.build(
+        self.start, self.cached_text = start, cached_text
+        self.text_conditioner = self._text_encoders(train_text_encoders)
+        self.transformer = start.build_transformer(
             parts.latent_decoder.condition_channels, parts.autoencoder.latent_channels
         )
         adaptation.apply(self.transformer)
         self.adaptation = adaptation
         if gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.text_conditioner.requires_grad_(train_text_encoders)
         self.config = CodecConfig(
             name=name,
             model_id=0,
@@ -111,11 +121,25 @@ class FlowStage(L.LightningModule):
         self.lpips_weight = lpips_weight
         self.lpips = PerceptualLoss(lpips_net) if lpips_weight else None
         self.caption_dropout, self.train_tokenizer = caption_dropout, train_tokenizer
-        self.train_text_encoders = train_text_encoders
         self.validation_steps, self.half_export, self.seed = validation_steps, half, seed
 
-    def on_fit_start(self) -> None:
-        """Convolutions are up to twice as fast with channels last, on CPU and GPU."""
+    def _text_encoders(self, trained: bool) -> TextConditioner | None:
+        """None if a cache stands in for them."""
+        if not self.cached_text:
+            return self.start.build_text().requires_grad_(trained)
+        if trained:
+            raise ValueError(
+                "cached_text and train_text_encoders are both true: what the encoders would learn "
+                "could not enter the cache; set one of them false"
+            )
+        self.start.check_text()
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Convolutions are up to twice as fast with channels last, on CPU and GPU.
+
+        Before the strategy wraps the module: DDP's buckets then have the gradients' layout.
+        """
         self.to(memory_format=torch.channels_last)
 
     def on_train_start(self) -> None:
@@ -133,29 +157,24 @@ class FlowStage(L.LightningModule):
             condition, prediction = self.parts.latent_decoder.condition(quantized.features)
         return quantized.tokens, condition, prediction
 
-    def _latents(self, batch: Batch) -> Tensor:
-        """Latents (B, C, h, w), cached or of the image."""
-        if "latents" in batch:
-            return batch["latents"]
-        return self.parts.autoencoder.encode(batch["image"])
-
     def _text(self, batch: Batch, dropped: list[bool]) -> TextCondition:
         """Text of the captions, cached or computed; that of an empty caption where dropped.
 
         Raises:
-            ValueError: cached text does not suit the configuration.
+            ValueError: the batch holds cached text and ``cached_text`` is false, or the reverse.
         """
-        if "text_embeddings" not in batch:
+        if self.cached_text != ("text_embeddings" in batch):
+            holds = "no cached text" if self.cached_text else "cached text"
+            raise ValueError(
+                f"cached_text is {str(self.cached_text).lower()} and the batch holds {holds}: "
+                "change model.cached_text or the data"
+            )
+        if self.text_conditioner is not None:
             captions = zip(batch["caption"], dropped, strict=True)
             found: TextCondition = self.text_conditioner(
                 ["" if drop else c for c, drop in captions]
             )
             return found
-        if self.train_text_encoders:
-            raise ValueError(
-                "the batch holds cached text, train_text_encoders is true: train without a cache, "
-                "or freeze the text encoders"
-            )
         embeddings, pooled = batch["text_embeddings"].clone(), batch["text_pooled"].clone()
         if any(dropped):
             if "empty_embeddings" not in batch:
@@ -165,8 +184,7 @@ class FlowStage(L.LightningModule):
                 )
             where = torch.tensor(dropped, device=embeddings.device)
             embeddings[where], pooled[where] = batch["empty_embeddings"], batch["empty_pooled"]
-        dtype = self.transformer.dtype
-        return TextCondition(embeddings=embeddings.to(dtype), pooled=pooled.to(dtype))
+        return TextCondition(embeddings=embeddings, pooled=pooled)
 
     def _flow_loss(
         self, latents: Tensor, condition: Tensor, prediction: Tensor, batch: Batch, *, step: int
@@ -184,8 +202,9 @@ class FlowStage(L.LightningModule):
         loss = F.mse_loss(output, self.flow.target(latents, x_1, prediction))
         if self.lpips is None or not self.training:
             return loss
+        picture = image_of(batch, needed_by=f"lpips_weight {self.lpips_weight}")
         estimate = self.flow.output_to_data(output, x_t, prediction, t)
-        distance = self.lpips(self.parts.autoencoder.decode(estimate), _image(batch))
+        distance = self.lpips(self.parts.autoencoder.decode(estimate), picture)
         self.log("train/lpips", distance)
         return loss + self.lpips_weight * distance
 
@@ -201,7 +220,7 @@ class FlowStage(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Flow matching, and the rate of tokens that move."""
         with torch.no_grad():
-            latents = self._latents(batch)
+            latents = latents_of(batch, self.parts.autoencoder)
         tokens, condition, prediction = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=self.global_step)
         self.log("train/flow", loss, prog_bar=True)
@@ -213,9 +232,9 @@ class FlowStage(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Flow loss with fixed draws, and PSNR of pictures painted with captions."""
-        image = _image(batch)
+        image = image_of(batch, needed_by="validation")
         size = len(image)
-        latents = self._latents(batch)
+        latents = latents_of(batch, self.parts.autoencoder)
         _, condition, prediction = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=0)
         self.log("val/flow", loss, batch_size=size, sync_dist=True, prog_bar=True)
@@ -245,30 +264,26 @@ class FlowStage(L.LightningModule):
             strategy=self.trainer.strategy,
         )
 
-    def components(self) -> CodecComponents:
-        """The codec in its present state, sharing the stage's weights."""
+    def components(self, text: TextConditioner) -> CodecComponents:
+        """The codec in its present state, sharing the stage's weights.
+
+        Args:
+            text: what encodes its captions; the stage's own where it has one.
+        """
         return CodecComponents(
             config=self.config,
             tokenizer=self.parts,
             transformer=self.transformer,
-            text_conditioner=self.text_conditioner,
+            text_conditioner=text,
         )
 
     def export(self, directory: Path) -> None:
-        """Write a complete model directory, adapters merged into the weights."""
+        """Write a complete model directory, adapters merged into the weights.
+
+        With ``cached_text`` the text encoders, as they came, pass through the main memory now.
+        """
         plain = self.adaptation.merged(self.transformer)
-        replace(self.components(), transformer=plain).save(directory, half=self.half_export)
-
-
-def _image(batch: Batch) -> Tensor:
-    """Pictures (B, 3, H, W) of a batch.
-
-    Raises:
-        ValueError: a cache without pictures.
-    """
-    if "image" not in batch:
-        raise ValueError(
-            "validation and LPIPS need the pictures, the cache has none: write it with "
-            "`python -m percov2.data.cache --images true`"
-        )
-    return batch["image"]
+        text = self.start.build_text() if self.text_conditioner is None else self.text_conditioner
+        replace(self.components(text), transformer=plain).save(directory, half=self.half_export)
+        changes = self.start.changes() + autoencoder_changes(self.parts.autoencoder)
+        write_notice(directory, changes)

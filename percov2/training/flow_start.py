@@ -9,14 +9,18 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 
-from percov2.components import CodecComponents
+from percov2.components import load_component, read_index
+from percov2.messages import one_line
 from percov2.synthesis.flow_transformer import extend_patch_embedding
 from percov2.synthesis.text_conditioner import (
+    ENCODER_FOLDERS,
+    TOKENIZER_FOLDERS,
     TextConditioner,
     tiny_text_conditioner,
     train_clip_tokenizer,
 )
 from percov2.training.hub import local_copy
+from percov2.training.notice import read_changes
 
 WIDENED = ("pos_embed.proj.weight",)
 """Parameters that differ in shape from the published model's; none is missing, none is new.
@@ -30,10 +34,26 @@ class FlowStart(ABC):
     """A starting point for stage 2."""
 
     @abstractmethod
-    def build(
+    def build_text(self) -> TextConditioner:
+        """The text encoders."""
+
+    @abstractmethod
+    def check_text(self) -> None:
+        """Refuse at the start what `build_text`, put off to the export, would refuse at the end.
+
+        Raises:
+            ValueError: the text encoders' files are incomplete, or there are none.
+        """
+
+    @abstractmethod
+    def build_transformer(
         self, condition_channels: int, latent_channels: int
-    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
-        """The transformer, already extended by the condition channels, and text encoders."""
+    ) -> SD3Transformer2DModel:
+        """The transformer, already extended by the condition channels."""
+
+    @abstractmethod
+    def changes(self) -> tuple[str, ...]:
+        """What a notice must say of weights that were finetuned from here: a line each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +84,10 @@ class FromScratch(FlowStart):
     text_layers: int
     text_heads: int
 
-    def build(
-        self, condition_channels: int, latent_channels: int
-    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
-        """See `FlowStart.build`."""
+    def build_text(self) -> TextConditioner:
+        """See `FlowStart.build_text`."""
         lines = Path(self.captions).read_text(encoding="utf-8").splitlines()
-        text = tiny_text_conditioner(
+        return tiny_text_conditioner(
             tokenizer=train_clip_tokenizer(
                 lines, vocab_size=self.vocab_size, max_length=self.text_length
             ),
@@ -77,6 +95,18 @@ class FromScratch(FlowStart):
             layers=self.text_layers,
             heads=self.text_heads,
         )
+
+    def check_text(self) -> None:
+        """See `FlowStart.check_text`."""
+        raise ValueError(
+            "cached_text is true and start is FromScratch: no cache can hold what its new text "
+            "encoders say; set cached_text false"
+        )
+
+    def build_transformer(
+        self, condition_channels: int, latent_channels: int
+    ) -> SD3Transformer2DModel:
+        """See `FlowStart.build_transformer`."""
         transformer = SD3Transformer2DModel(
             sample_size=2 * self.max_patches,
             patch_size=2,
@@ -94,7 +124,11 @@ class FromScratch(FlowStart):
         # Nothing is known yet: a flow from the prediction then begins by painting the prediction.
         torch.nn.init.zeros_(transformer.proj_out.weight)
         torch.nn.init.zeros_(transformer.proj_out.bias)
-        return extend_patch_embedding(transformer, condition_channels), text
+        return extend_patch_embedding(transformer, condition_channels)
+
+    def changes(self) -> tuple[str, ...]:
+        """See `FlowStart.changes`: nothing."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +141,46 @@ class FromModel(FlowStart):
 
     directory: Path
 
-    def build(
-        self, condition_channels: int, latent_channels: int
-    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
-        """See `FlowStart.build`.
+    @property
+    def _has_t5(self) -> bool:
+        return (self.directory / ENCODER_FOLDERS[2]).is_dir()
+
+    def build_text(self) -> TextConditioner:
+        """See `FlowStart.build_text`.
 
         Raises:
-            ValueError: the model's condition has another number of channels.
+            ValueError: they are incomplete.
         """
-        model = CodecComponents.load(Path(self.directory))
-        found = model.transformer.config.in_channels
+        text = TextConditioner.from_pretrained(
+            self.directory, use_t5=self._has_t5, dtype=torch.float32
+        )
+        return text.eval()
+
+    def check_text(self) -> None:
+        """See `FlowStart.check_text`."""
+        check_text_files(self.directory, use_t5=self._has_t5)
+
+    def build_transformer(
+        self, condition_channels: int, latent_channels: int
+    ) -> SD3Transformer2DModel:
+        """See `FlowStart.build_transformer`.
+
+        Raises:
+            ValueError: it is incomplete, or its condition has another number of channels.
+        """
+        read_index(self.directory)
+        transformer = load_component(SD3Transformer2DModel, self.directory, "transformer")
+        found = transformer.config.in_channels
         if found != latent_channels + condition_channels:
             raise ValueError(
                 f"{self.directory}: its transformer takes {found} channels, this stage 1 gives "
                 f"{latent_channels} + {condition_channels}: use a stage 1 of the same widths"
             )
-        return model.transformer, model.text_conditioner
+        return transformer
+
+    def changes(self) -> tuple[str, ...]:
+        """See `FlowStart.changes`: those of that model."""
+        return read_changes(self.directory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,31 +197,67 @@ class FromStableDiffusion3(FlowStart):
     use_t5: bool
     revision: str | None = None
 
-    def build(
+    def _local(self) -> Path:
+        """Transformer and text encoders, whichever is needed: what is missing shows at once."""
+        count = 3 if self.use_t5 else 2
+        text = [*ENCODER_FOLDERS[:count], *TOKENIZER_FOLDERS[:count]]
+        return local_copy(self.model, ["transformer", *text], revision=self.revision)
+
+    def build_text(self) -> TextConditioner:
+        """See `FlowStart.build_text`.
+
+        Raises:
+            ValueError: the repository cannot be reached or read; says what to do.
+        """
+        directory = self._local()
+        config = SD3Transformer2DModel.load_config(directory / "transformer", local_files_only=True)
+        return TextConditioner.from_sd3(
+            directory, use_t5=self.use_t5, joint_dim=int(config["joint_attention_dim"])
+        )
+
+    def check_text(self) -> None:
+        """See `FlowStart.check_text`."""
+        check_text_files(self._local(), use_t5=self.use_t5)
+
+    def build_transformer(
         self, condition_channels: int, latent_channels: int
-    ) -> tuple[SD3Transformer2DModel, TextConditioner]:
-        """See `FlowStart.build`.
+    ) -> SD3Transformer2DModel:
+        """See `FlowStart.build_transformer`.
 
         Raises:
             ValueError: the repository cannot be reached or read, or does not fit stage 1; says
                 what to do.
         """
-        folders = [f"{part}{end}" for part in ("text_encoder", "tokenizer") for end in ("", "_2")]
-        if self.use_t5:
-            folders += ["text_encoder_3", "tokenizer_3"]
-        directory = local_copy(self.model, ["transformer", *folders], revision=self.revision)
-        transformer = load_transformer(directory)
+        transformer = load_transformer(self._local())
         if transformer.config.in_channels != latent_channels:
             raise ValueError(
                 f"{self.model} paints {transformer.config.in_channels} latent channels, stage 1's "
                 f"autoencoder has {latent_channels}: train stage 1 with this model's own"
             )
-        text = TextConditioner.from_sd3(
-            directory,
-            use_t5=self.use_t5,
-            joint_dim=int(transformer.config.joint_attention_dim),
+        return extend_strictly(transformer, condition_channels)
+
+    def changes(self) -> tuple[str, ...]:
+        """See `FlowStart.changes`."""
+        return (
+            f"transformer: that of {self.model}, its patch embedding widened by the channels of a "
+            "condition, finetuned to paint pictures from percov2's tokens and captions.",
+            f"text encoders: those of {self.model}, at most rounded to 16 bits.",
         )
-        return extend_strictly(transformer, condition_channels), text
+
+
+def check_text_files(directory: Path, *, use_t5: bool) -> None:
+    """Refuse a directory that lacks files of the text encoders.
+
+    Raises:
+        ValueError: names the folder.
+    """
+    for folder in ENCODER_FOLDERS[: 3 if use_t5 else 2]:
+        path = directory / folder
+        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+            raise ValueError(
+                f"{path} lacks config.json or weights, which the exported model needs: fetch the "
+                "model again"
+            )
 
 
 def load_transformer(directory: Path) -> SD3Transformer2DModel:
@@ -183,7 +277,7 @@ def load_transformer(directory: Path) -> SD3Transformer2DModel:
             output_loading_info=True,
         )
     except (OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"cannot load {folder} ({reason}): fetch the model again") from error
     faults = {fault: sorted(map(str, keys)) for fault, keys in info.items() if keys}
     if faults:

@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from percov2.messages import one_line
+
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
@@ -90,4 +92,4 @@ def _explain(error: Exception, model: str, revision: str | None) -> str:
         )
     if status == 401:
         return f"the hub refuses the token for {model}: {login} anew"
-    return f"cannot fetch {model} ({' '.join(str(error).split())}): try again later"
+    return f"cannot fetch {model} ({one_line(error)}): try again later"

@@ -44,8 +44,8 @@ HEADROOM = 0.9
 
 _BUCKET = 200_000_000
 """Values of a bucket of gradients, Lightning's ``reduce_bucket_size``."""
-_MAX_LIVE = 1_000_000_000
-"""Most gathered values that ZeRO-3 keeps, DeepSpeed's ``stage3_max_live_parameters``."""
+MAX_LIVE = 200_000_000
+"""Most gathered values that ZeRO-3 keeps: ``stage3_max_live_parameters`` in configs/strategy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +161,7 @@ def _buffers(sizes: Sizes, strategy: Strategy) -> int:
     if strategy.stage == 2:
         # Two buckets, one filled while the other travels, for every dtype that is sent.
         return 2 * 4 * _BUCKET * len(sizes.sent_bytes)
-    gathered = 4 * min(sizes.trained + sizes.frozen, _MAX_LIVE)
+    gathered = 4 * min(sizes.trained + sizes.frozen, MAX_LIVE)
     return gathered + sum(_BUCKET * size for size in sizes.sent_bytes)
 
 

@@ -22,6 +22,7 @@ from percov2.analysis.autoencoder import StableDiffusionAutoencoder
 from percov2.analysis.hyper_encoder import HyperEncoder
 from percov2.analysis.vector_quantizer import VectorQuantizer
 from percov2.entropy.masked_transformer import MaskedTransformer
+from percov2.messages import one_line
 from percov2.model_store import PATCH
 from percov2.synthesis.flow_transformer import extend_patch_embedding, predict
 from percov2.synthesis.latent_decoder import LatentDecoder
@@ -52,6 +53,7 @@ class StageSetup:
         train_tokenizer: whether they are trained.
         train_text_encoders: whether both CLIPs are.
         use_t5: whether T5 is loaded.
+        cached_text: whether no text encoder is.
         adaptation: of the transformer.
         gradient_checkpointing: of the transformer.
         optimizer: which AdamW.
@@ -73,6 +75,7 @@ class StageSetup:
     train_tokenizer: bool
     train_text_encoders: bool
     use_t5: bool
+    cached_text: bool
     adaptation: Adaptation
     gradient_checkpointing: bool
     optimizer: OptimizerName
@@ -170,6 +173,7 @@ def read_setup(
             train_tokenizer=model["train_tokenizer"],
             train_text_encoders=model["train_text_encoders"],
             use_t5=start["init_args"]["use_t5"],
+            cached_text=model.get("cached_text", False),
             adaptation=_adaptation(model.get("adaptation")),
             gradient_checkpointing=model.get("gradient_checkpointing", False),
             optimizer=model["optimization"].get("optimizer", "adamw"),
@@ -193,7 +197,7 @@ def _load(configs: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, A
         merged = OmegaConf.merge(*files, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
     except (OSError, OmegaConfBaseException, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(f"cannot read {', '.join(map(str, configs))}: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{', '.join(map(str, configs))} is no configuration: it has no fields")
@@ -259,7 +263,7 @@ def measure_sizes(setup: StageSetup) -> Sizes:
     own = sum(p.numel() for p in trained)
     total = sd3_reference.parameter_count(transformer)
     others = sd3_reference.frozen_parts()
-    text = others.clip + (others.t5 if setup.use_t5 else 0)
+    text = 0 if setup.cached_text else others.clip + (others.t5 if setup.use_t5 else 0)
     trained_values = (
         own
         + (setup.tokenizer if setup.train_tokenizer else 0)

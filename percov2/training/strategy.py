@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +26,10 @@ from percov2.training.autoencoder_stage import AutoencoderStage
 from percov2.training.checkpointing import (
     AtomicCheckpointIO,
     ShardRecord,
-    compare_shapes,
     explain_failed_save,
     hidden_path,
-    read_checkpoint,
     remove_leftovers,
     replace_folder,
-    shapes_of,
     sync_files,
 )
 from percov2.training.entropy_stage import EntropyStage
@@ -64,18 +63,27 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     Args:
         stage: of ZeRO.
+        stage3_max_live_parameters: values that a process may hold gathered at a time (stage 3);
+            weights are let go after use when there would be more. None, as in the two that
+            follow, is DeepSpeed's choice.
+        stage3_max_reuse_distance: weights that are used again within so many values are kept.
+        stage3_prefetch_bucket_size: values fetched ahead of their use.
         logging_batch_size_per_gpu: for DeepSpeed's own log; Lightning's default would build the
             training data once more to find it.
         **kwargs: of Lightning's `DeepSpeedStrategy`: ``offload_optimizer``,
             ``offload_parameters``, bucket sizes and so on.
 
     Raises:
-        ValueError: deepspeed is not installed, or the stage does not exist.
+        ValueError: deepspeed is not installed, the stage does not exist, or an option of stage 3
+            goes with another one.
     """
 
     def __init__(
         self,
         stage: Literal[1, 2, 3] = 2,
+        stage3_max_live_parameters: int | None = None,
+        stage3_max_reuse_distance: int | None = None,
+        stage3_prefetch_bucket_size: int | None = None,
         logging_batch_size_per_gpu: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -83,10 +91,21 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ValueError("ZeroStrategy needs deepspeed: pip install 'percov2[deepspeed]'")
         if stage not in (1, 2, 3):
             raise ValueError(f"stage is {stage}: ZeRO has the stages 1, 2 and 3")
+        gathering = {
+            "stage3_max_live_parameters": stage3_max_live_parameters,
+            "stage3_max_reuse_distance": stage3_max_reuse_distance,
+            "stage3_prefetch_bucket_size": stage3_prefetch_bucket_size,
+        }
+        gathering = {name: value for name, value in gathering.items() if value is not None}
+        if gathering and stage != 3:
+            raise ValueError(
+                f"{', '.join(gathering)} is for stage 3, stage is {stage}: leave it out"
+            )
         super().__init__(
             stage=stage, logging_batch_size_per_gpu=logging_batch_size_per_gpu, **kwargs
         )
         assert isinstance(self.config, dict)
+        self.config["zero_optimization"] |= gathering
         # Offloading works with any optimiser; DeepSpeed would insist on its own.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         self._skeleton: L.LightningModule | None = None
@@ -140,9 +159,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.precision_plugin = AutocastPrecision(precision)
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Build DeepSpeed's engine."""
+        """Build DeepSpeed's engine, which sends and flattens contiguous weights only."""
+        assert self.lightning_module is not None
+        self.lightning_module.to(memory_format=torch.contiguous_format)
         if self.zero_stage == 3:
-            assert self.lightning_module is not None
             self._skeleton = _without_weights(self.lightning_module)
         super().setup(trainer)
 
@@ -152,16 +172,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             self.config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
             self.config["bf16"] = {"enabled": False}  # or Lightning would enable it
         super()._format_config()
-
-    def on_train_start(self) -> None:
-        """Make the module's weights parts of DeepSpeed's flat buffers again.
-
-        A stage that turned its weights to channels last, after the engine was built, has copies
-        now, and DeepSpeed cannot flatten gradients of that layout.
-        """
-        super().on_train_start()
-        if self.zero_stage < 3:
-            self.publish_master_weights()
 
     # --- Master weights ----------------------------------------------------------------------
 
@@ -343,6 +353,22 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
                     tensors[key] = tensor
 
 
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Inside the block a module's weights can be read, even if ZeRO-3 has divided them.
+
+    All processes must enter it together.
+    """
+    divided = [weight for weight in module.parameters() if hasattr(weight, "ds_id")]
+    if not divided:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(divided):
+        yield
+
+
 def master_weights(trainer: L.Trainer) -> list[Tensor]:
     """The float32 weights that the optimiser updates on this process.
 
@@ -371,34 +397,3 @@ def publish_master_weights(trainer: L.Trainer) -> None:
     """Bring changed master weights into the module; all processes must call it."""
     if isinstance(trainer.strategy, ZeroStrategy):
         trainer.strategy.publish_master_weights()
-
-
-def check_checkpoint(path: Path, module: L.LightningModule, trainer: L.Trainer) -> None:
-    """Refuse, before any device memory is taken, a checkpoint that cannot be resumed.
-
-    Raises:
-        ValueError: damaged, of another stage or architecture, or sharded otherwise.
-    """
-    zero = trainer.strategy.zero_stage if isinstance(trainer.strategy, ZeroStrategy) else None
-    stage, expected = type(module).__name__, shapes_of(module.state_dict())
-    if not path.is_dir():
-        if zero is not None:
-            raise ValueError(
-                f"{path} is one file, ZeRO-{zero} resumes from a folder of shards: resume without "
-                "ZeroStrategy"
-            )
-        found = shapes_of(read_checkpoint(path, meta=True)["state_dict"])
-        compare_shapes(path, found, expected, stage=stage)
-        return
-    record = ShardRecord.read(path)
-    if record.stage != stage:
-        raise ValueError(f"{path} is a checkpoint of {record.stage}, the configuration has {stage}")
-    compare_shapes(path, record.shapes, expected, stage=stage)
-    processes = trainer.num_devices * trainer.num_nodes
-    if (record.zero_stage, record.processes) != (zero, processes):
-        now = f"ZeRO-{zero}" if zero is not None else type(trainer.strategy).__name__
-        raise ValueError(
-            f"{path} was written by ZeRO-{record.zero_stage} on {record.processes} processes, now "
-            f"it is {now} on {processes}: resume as it was, or convert it with `python -m "
-            "percov2.training.convert` and start from that model"
-        )

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 40
 # The machine may be busy with other things.
 PATIENCE = 1800.0
-SCRIPT = ROOT / "launchers" / "fit.sbatch"
+LAUNCHERS = ROOT / "launchers"
 OVERLAY = """
 data:
   class_path: tests.launchers.fixed_batches.FixedBatches
@@ -38,6 +38,7 @@ trainer:
       init_args:
         dirpath: ${vars.run}/checkpoints
         every_n_train_steps: 4
+        save_top_k: 0
         save_last: true
         enable_version_counter: false
     - class_path: percov2.training.callbacks.ExportModel
@@ -62,7 +63,8 @@ Submit = Callable[..., str]
 
 
 def _rates() -> list[str]:
-    found = re.search(r"^rates=\((.+)\)$", SCRIPT.read_text(), re.MULTILINE)
+    text = (LAUNCHERS / "functions.sh").read_text()
+    found = re.search(r"^rates=\((.+)\)$", text, re.MULTILINE)
     assert found is not None
     return found[1].split()
 
@@ -76,23 +78,24 @@ def test_the_array_covers_the_rates_from_low_to_high() -> None:
     assert _rates() == sorted(names, key=side_and_codes)
 
 
+@pytest.mark.parametrize("script", ["fit", "evaluate"])
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [
         ({"SLURM_JOB_ID": ""}, ["a.yaml"], "start me with sbatch"),
         ({"PERCOV2_PYTHON": "/no/python"}, ["a.yaml"], "PERCOV2_PYTHON=/no/python is no program"),
         ({"PERCOV2_DATA": ""}, ["a.yaml"], "PERCOV2_DATA is empty: set it in launchers/"),
-        ({}, [], "usage: sbatch launchers/fit.sbatch CONFIG"),
-        ({}, ["--config=a.yaml"], "usage: sbatch launchers/fit.sbatch CONFIG"),
+        ({}, [], "usage: sbatch launchers/{script}.sbatch "),
+        ({}, ["--config=a.yaml"], "usage: sbatch launchers/{script}.sbatch "),
         ({"SLURM_ARRAY_TASK_ID": "7"}, ["a.yaml"], "array index 7: there are the rates 0 to 6"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(
-    variables: dict[str, str], arguments: list[str], message: str
+    variables: dict[str, str], arguments: list[str], message: str, script: str
 ) -> None:
     usual = {"SLURM_JOB_ID": "1", "PERCOV2_PYTHON": sys.executable, "PERCOV2_DATA": "data"}
     done = subprocess.run(
-        ["bash", str(SCRIPT), *arguments],
+        ["bash", str(LAUNCHERS / f"{script}.sbatch"), *arguments],
         env={**os.environ, **usual, **variables},
         cwd=ROOT,
         check=False,
@@ -101,13 +104,14 @@ def test_mistakes_are_refused_in_one_line(
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"fit.sbatch: {message}")
+    assert done.stderr.startswith(f"{script}.sbatch: {message.format(script=script)}")
     assert done.stderr.count("\n") == 1
 
 
-def test_another_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["fit", "evaluate"])
+def test_another_folder_is_refused(tmp_path: Path, script: str) -> None:
     done = subprocess.run(
-        ["bash", str(SCRIPT), "a.yaml"],
+        ["bash", str(LAUNCHERS / f"{script}.sbatch"), "a.yaml"],
         env={**os.environ, "SLURM_JOB_ID": "1"},
         cwd=tmp_path,
         check=False,
@@ -116,7 +120,7 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"fit.sbatch: run sbatch in the folder of the repository, not in {tmp_path}\n"
+        f"{script}.sbatch: run sbatch in the folder of the repository, not in {tmp_path}\n"
     )
 
 
@@ -125,11 +129,17 @@ def submit(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     """Submits fit.sbatch with options of sbatch and arguments; returns the job's number."""
     monkeypatch.chdir(ROOT)
 
-    def run(name: str, *arguments: str, sbatch: tuple[str, ...] = (), **variables: str) -> str:
+    def run(
+        name: str,
+        *arguments: str,
+        sbatch: tuple[str, ...] = (),
+        script: str = "fit",
+        **variables: str,
+    ) -> str:
         options = ["--cpus-per-task=1", "--gpus-per-node=0", f"--output={tmp_path / name}.log"]
         defaults = {"PERCOV2_DATA": str(tmp_path), "PERCOV2_PYTHON": sys.executable}
         return slurm.run(
-            *("sbatch", "--parsable", *options, *sbatch, "launchers/fit.sbatch", *arguments),
+            *("sbatch", "--parsable", *options, *sbatch, f"launchers/{script}.sbatch", *arguments),
             **{**defaults, **variables},
         )
 
@@ -261,6 +271,60 @@ while true; do sleep 0.1; done
     )
     file.chmod(0o755)
     return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_an_evaluation_shares_its_work_among_the_tasks(
+    slurm: Cluster, submit: Submit, tmp_path: Path, code: int
+) -> None:
+    program, log = tmp_path / "program", tmp_path / "evaluation.log"
+    told = "rank $RANK, here $LOCAL_RANK, of $WORLD_SIZE, at $MASTER_ADDR:$MASTER_PORT"
+    program.write_text(f'#!/bin/bash\necho "{told}: $*"\nexit {code}\n')
+    program.chmod(0o755)
+    number = submit(
+        "evaluation",
+        *("results", "--data=kodak"),
+        sbatch=("--ntasks-per-node=2", "--array=3"),
+        script="evaluate",
+        PERCOV2_PYTHON=str(program),
+    )
+    slurm.wait(f"{number}_3", _ended, seconds=PATIENCE)
+    assert slurm.job(f"{number}_3")["JobState"] == ("FAILED" if code else "COMPLETED")
+    lines = sorted(line for line in log.read_text().splitlines() if line.startswith("rank "))
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert line.startswith(f"rank {rank}, here {rank}, of 2, at ")
+        assert line.endswith(
+            ": -m percov2 evaluate --output results/32x256 "
+            "--model runs/sd3/32x256/stage2/model --data=kodak"
+        )
+    reason = {0: "", 1: "some pictures failed", 3: "percov2 evaluate failed with exit code 3"}
+    assert reason[code] in log.read_text()
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_stopped_is_requeued(
+    slurm: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    program, log = tmp_path / "program", tmp_path / "stopped.log"
+    program.write_text(
+        "#!/bin/bash\n[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || exit 0\necho waiting\nsleep 1000\n"
+    )
+    program.chmod(0o755)
+    number = submit(
+        "stopped",
+        "results",
+        sbatch=("--ntasks-per-node=1",),
+        script="evaluate",
+        PERCOV2_PYTHON=str(program),
+    )
+    _wait_for(slurm, number, lambda: log.exists() and "waiting" in log.read_text())
+    slurm.run("scancel", "--batch", "--signal=USR1", number)
+    slurm.wait(number, _ended, seconds=PATIENCE)
+    job = slurm.job(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    assert log.read_text().count(f"evaluate.sbatch: requeueing job {number}") == 1
 
 
 @pytest.mark.slow

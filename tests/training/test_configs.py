@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 import percov2
@@ -23,9 +22,10 @@ from percov2.synthesis.flow_transformer import extend_patch_embedding
 from percov2.synthesis.text_conditioner import TextConditioner
 from percov2.training import EntropyStage, FlowStage
 from percov2.training.flow_start import FromStableDiffusion3
+from percov2.training.notice import NOTICE_NAME, read_changes
 from percov2.training.sd3_reference import build_autoencoder, build_transformer, transformer_config
 from tests.synthesis.test_text_conditioner import conditioner_of
-from tests.tiny_models import tiny_sd3_pipeline
+from tests.tiny_models import tiny_sd3_pipeline, tiny_vae
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -87,18 +87,7 @@ def _write_pictures(folder: Path, numbers: range) -> None:
 def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD3 in diffusers' layout, tiny, with an autoencoder that reduces by 8."""
     pipeline = tiny_sd3_pipeline(with_t5=True)
-    pipeline.vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.0609,
-        scaling_factor=1.5305,
-    )
+    pipeline.vae = tiny_vae(levels=4)
     directory = tmp_path_factory.mktemp("hub") / "sd3"
     pipeline.save_pretrained(directory)
     return directory
@@ -113,15 +102,16 @@ def published(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda _: StableDiffusionAutoencoder(build_autoencoder()),
     )
 
-    def build(
-        self: FromStableDiffusion3, condition_channels: int, latent_channels: int
-    ) -> tuple[Any, TextConditioner]:
+    def build(self: FromStableDiffusion3, condition_channels: int, latent_channels: int) -> Any:
         transformer = build_transformer(transformer_config(self.model))
         assert transformer.config.in_channels == latent_channels
-        text = conditioner_of(tiny_sd3_pipeline(with_t5=True), use_t5=self.use_t5)
-        return extend_patch_embedding(transformer, condition_channels), text
+        return extend_patch_embedding(transformer, condition_channels)
 
-    monkeypatch.setattr(FromStableDiffusion3, "build", build)
+    def build_text(self: FromStableDiffusion3) -> TextConditioner:
+        return conditioner_of(tiny_sd3_pipeline(with_t5=True), use_t5=self.use_t5)
+
+    monkeypatch.setattr(FromStableDiffusion3, "build_transformer", build)
+    monkeypatch.setattr(FromStableDiffusion3, "build_text", build_text)
 
 
 def test_no_configuration_escapes_these_tests() -> None:
@@ -129,8 +119,8 @@ def test_no_configuration_escapes_these_tests() -> None:
     known |= {f"rate/{rate}.yaml" for rate in RATES}
     known |= {f"strategy/{name}.yaml" for name in ("ddp", "zero2", "zero3", "zero3_offload")}
     known |= {f"data/{name}.yaml" for name in ("coco", "folder", "laion")}
-    known |= {f"tiny/{name}.yaml" for name in ("autoencoder", "stage1", "stage2")}
-    known |= {f"tiny/low/{name}.yaml" for name in ("stage1", "stage2")}
+    known |= {f"tiny/{name}.yaml" for name in ("autoencoder", "masked", "stage1", "stage2")}
+    known |= {f"tiny/low/{name}.yaml" for name in ("masked", "stage1", "stage2")}
     found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
     assert found == known
 
@@ -154,7 +144,7 @@ def test_both_stages_are_built_at_full_size(
     monkeypatch.setattr("percov2.training.flow_stage.PerceptualLoss", lambda net: net)
     second = ParseOnly(arguments("stage2.yaml", overlay, data=data)).build().model
     assert isinstance(second, FlowStage)
-    assert second.components().config.latents_per_token == RATES[rate].reduction
+    assert second.config.latents_per_token == RATES[rate].reduction
     assert second.config.name == f"sd3-{rate}"
     assert (second.lpips is not None) == (RATES[rate].bits_per_pixel > 0.05)
     trained = {name for name, p in second.named_parameters() if p.requires_grad}
@@ -196,6 +186,14 @@ def test_shrunken_stages_run_and_make_a_codec(data: Path, sd3: Path, tmp_path: P
     stream = codec.compress(Image.effect_noise((100, 80), 40).convert("RGB"), caption="noise")
     assert codec.decode_tokens(stream).shape == (5, 7)
     assert codec.decompress(stream, steps=1).size == (100, 80)
+    notice = (model / NOTICE_NAME).read_text()
+    assert (
+        "licensed under the Stability AI Community License, Copyright © Stability AI Ltd" in notice
+    )
+    assert f"- transformer: that of {sd3}, its patch embedding widened" in notice
+    assert "- vae: the autoencoder of Stable Diffusion 3" in notice
+    # What stage 1 passes on is the autoencoder alone.
+    assert len(read_changes(tmp_path / "stage1" / "model")) == 1
     resolved = (model / "training.yaml").read_text()
     assert "${" not in resolved
     assert "FromStableDiffusion3" in resolved

@@ -17,7 +17,7 @@ import percov2
 from percov2.fit import main
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
-_ENTROPY = [
+ENTROPY = [
     "--model.hyper_encoder.hidden_channels=8",
     "--vars.feature_channels=8",
     "--vars.codebook_size=16",
@@ -27,7 +27,7 @@ _ENTROPY = [
     "--model.masked_transformer.num_layers=2",
     "--model.masked_transformer.num_heads=2",
 ]
-_FLOW = [
+FLOW = [
     "--model.start.init_args.num_layers=1",
     "--model.start.init_args.num_heads=2",
     "--model.start.init_args.head_dim=8",
@@ -66,11 +66,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
     run = Run(tmp_path_factory.mktemp("runs"), training_data)
     small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
     run.fit(["autoencoder.yaml"], "ae", 2, *small)
-    entropy = [f"--vars.autoencoder={run.model('ae')}", *_ENTROPY]
+    entropy = [f"--vars.autoencoder={run.model('ae')}", *ENTROPY]
     run.fit(["stage1.yaml"], "s1", 4, "--vars.tokenizer_steps=2", *entropy)
     overlay = ["stage1.yaml", "low/stage1.yaml"]
     run.fit(overlay, "s1-low", 2, "--vars.tokenizer_steps=1", *entropy)
-    run.fit(["stage2.yaml"], "s2", 2, f"--vars.tokenizer={run.model('s1')}", *_FLOW)
+    run.fit(["stage2.yaml"], "s2", 2, f"--vars.tokenizer={run.model('s1')}", *FLOW)
     run.fit(
         ["stage2.yaml", "low/stage2.yaml"],
         "s2-low",
@@ -79,6 +79,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
         f"--model.start.init_args.directory={run.model('s2')}",
     )
     return run
+
+
+def test_a_masked_transformer_is_retrained_on_a_finished_tokenizer(trained: Run) -> None:
+    for name, overlay in (("s1", []), ("s1-low", ["low/stage1.yaml"])):
+        configs = [
+            "stage1.yaml",
+            *overlay,
+            "masked.yaml",
+            *(["low/masked.yaml"] if overlay else []),
+        ]
+        options = [f"--vars.autoencoder={trained.model('ae')}", *ENTROPY]
+        trainer = trained.fit(
+            configs, f"{name}-masked", 2, f"--vars.tokenizer={trained.model(name)}", *options
+        )
+        assert trainer.lightning_module.masked_steps_from == 0
+        for part in ("hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"):
+            before, after = (
+                load_file(trained.model(run) / part / "diffusion_pytorch_model.safetensors")
+                for run in (name, f"{name}-masked")
+            )
+            same = {key: torch.equal(value, after[key]) for key, value in before.items()}
+            assert all(same.values()) == (part != "masked_transformer"), (part, same)
+        folder = trained.root / f"{name}-masked" / "checkpoints"
+        assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
 
 
 @pytest.mark.parametrize(("name", "rows", "cols"), [("s2", 4, 6), ("s2-low", 2, 3)])
@@ -120,13 +144,13 @@ def test_the_run_folder_holds_config_curves_and_checkpoints(trained: Run) -> Non
     events = EventAccumulator(str(folder / "tensorboard" / "version_0")).Reload()
     for tag in ("train/flow", "val/flow", "val/psnr"):
         assert all(np.isfinite(event.value) for event in events.Scalars(tag))
-    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
     assert list(folder.rglob("config.yaml"))
 
 
 def test_a_checkpoint_resumes_where_it_stopped(trained: Run) -> None:
     checkpoint = trained.root / "s1" / "checkpoints" / "last.ckpt"
-    entropy = [f"--vars.autoencoder={trained.model('ae')}", *_ENTROPY]
+    entropy = [f"--vars.autoencoder={trained.model('ae')}", *ENTROPY]
     resumed = trained.fit(
         ["stage1.yaml"],
         "s1-resumed",
@@ -154,6 +178,13 @@ def test_unknown_keys_are_refused(
     assert "widht" in capsys.readouterr().err
 
 
+def test_a_folder_that_cannot_hold_files_is_refused(training_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
+    with pytest.raises(ValueError, match=r"vars\.run is .*x, .*Not a directory.*choose"):
+        Run(tmp_path / "file", training_data).fit(["autoencoder.yaml"], "x", 1, *small)
+
+
 def test_a_finished_run_is_not_exported_anew(trained: Run) -> None:
     """Lightning would skip the callbacks that put averages in place."""
     with pytest.raises(ValueError, match="convert"):
@@ -163,12 +194,12 @@ def test_a_finished_run_is_not_exported_anew(trained: Run) -> None:
             2,
             f"--vars.tokenizer={trained.model('s1')}",
             "--ckpt_path=auto",
-            *_FLOW,
+            *FLOW,
         )
 
 
 def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run) -> None:
-    entropy = [f"--vars.autoencoder={trained.model('ae')}", *_ENTROPY]
+    entropy = [f"--vars.autoencoder={trained.model('ae')}", *ENTROPY]
     with pytest.raises(ValueError, match="does not exist"):
         trained.fit(["stage1.yaml"], "s1-x", 6, "--ckpt_path=nowhere.ckpt", *entropy)
     other = trained.root / "s2" / "checkpoints" / "last.ckpt"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -30,8 +30,9 @@ from percov2.training.flow_start import (
     load_transformer,
 )
 from percov2.training.hub import local_copy
+from percov2.training.notice import write_notice
 from tests.tiny_codec import save_tiny, tiny_components
-from tests.tiny_models import CAPTIONS, tiny_sd3_pipeline, tiny_sd3_transformer
+from tests.tiny_models import CAPTIONS, tiny_sd3_pipeline, tiny_sd3_transformer, tiny_vae
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def sd3_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("use_t5", [False, True])
 def test_stable_diffusion_3_is_loaded_and_extended(sd3_directory: Path, use_t5: bool) -> None:
-    transformer, text = FromStableDiffusion3(model=str(sd3_directory), use_t5=use_t5).build(7, 4)
+    start = FromStableDiffusion3(model=str(sd3_directory), use_t5=use_t5)
+    start.check_text()
+    transformer, text = start.build_transformer(7, 4), start.build_text()
     assert transformer.config.in_channels == 4 + 7
     assert transformer.config.out_channels == 4
     assert (transformer.pos_embed.proj.weight[:, 4:] == 0).all()
@@ -56,7 +59,7 @@ def test_stable_diffusion_3_is_loaded_and_extended(sd3_directory: Path, use_t5: 
 def test_other_latents_than_stage_1s_are_refused(sd3_directory: Path) -> None:
     start = FromStableDiffusion3(model=str(sd3_directory), use_t5=False)
     with pytest.raises(ValueError, match="paints 4 latent channels, stage 1's autoencoder has 16"):
-        start.build(7, 16)
+        start.build_transformer(7, 16)
 
 
 def test_a_directory_without_t5_names_the_folder(
@@ -66,8 +69,10 @@ def test_a_directory_without_t5_names_the_folder(
     for folder in sd3_directory.iterdir():
         if not folder.name.endswith("_3"):
             (directory / folder.name).symlink_to(folder)
-    with pytest.raises(ValueError, match="no folder text_encoder_3, tokenizer_3"):
-        FromStableDiffusion3(model=str(directory), use_t5=True).build(7, 4)
+    start = FromStableDiffusion3(model=str(directory), use_t5=True)
+    for refused in (start.build_text, start.check_text):
+        with pytest.raises(ValueError, match="no folder text_encoder_3, tokenizer_3"):
+            refused()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +277,7 @@ def test_the_hubs_refusals_say_what_to_do(
     _use_hub(monkeypatch, hub, tmp_path)
     start = FromStableDiffusion3(model=f"owner/{name}", use_t5=False, revision="main-2")
     with pytest.raises(ValueError, match=complaint) as refusal:
-        start.build(8, 16)
+        start.build_text()
     assert "\n" not in str(refusal.value)
 
 
@@ -294,28 +299,39 @@ def test_neither_directory_nor_hub_id() -> None:
 
 def test_stage_1_takes_the_autoencoder_out_of_the_hubs_layout(tmp_path: Path) -> None:
     """What `hf download MODEL --include 'vae/*' --local-dir DIR` leaves: half precision."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=16,
-        shift_factor=0.0609,
-        scaling_factor=1.5305,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    vae.half().save_pretrained(tmp_path / "vae")
+    tiny_vae(levels=4, latent_channels=16).half().save_pretrained(tmp_path / "vae")
     autoencoder = load_autoencoder(local_copy(str(tmp_path), ["vae"]))
     assert autoencoder.latent_channels == 16
     assert all(p.dtype == torch.float32 for p in autoencoder.parameters())
 
 
+def test_text_encoders_that_are_put_off_must_be_complete(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    start = FromModel(directory=tmp_path)
+    start.check_text()
+    (tmp_path / "text_encoder_2" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"text_encoder_2 lacks config\.json or weights"):
+        start.check_text()
+
+
+def test_a_model_passes_its_notice_on(tmp_path: Path) -> None:
+    assert FromModel(directory=tmp_path).changes() == ()
+    changes = FromStableDiffusion3(model="owner/sd3", use_t5=False).changes()
+    write_notice(tmp_path, [*changes, changes[0]])
+    assert FromModel(directory=tmp_path).changes() == changes
+    text = (tmp_path / "NOTICE").read_text(encoding="utf-8")
+    assert text.startswith(
+        "This Stability AI Model is licensed under the Stability AI Community License, Copyright "
+        "© Stability AI Ltd. All Rights Reserved\n"
+    )
+    assert "owner/sd3" in text
+    assert "Powered by Stability AI" in text
+
+
 def test_another_rate_of_other_widths_is_refused(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     with pytest.raises(ValueError, match="same widths"):
-        FromModel(directory=tmp_path).build(99, 4)
+        FromModel(directory=tmp_path).build_transformer(99, 4)
 
 
 def test_from_scratch_learns_its_vocabulary_from_the_captions(tmp_path: Path) -> None:
@@ -332,30 +348,20 @@ def test_from_scratch_learns_its_vocabulary_from_the_captions(tmp_path: Path) ->
         text_layers=2,
         text_heads=1,
     )
-    transformer, text = start.build(5, 4)
+    transformer, text = start.build_transformer(5, 4), start.build_text()
     assert transformer.config.in_channels == 9
     assert text(["a cat"]).embeddings.shape == (1, 12, 16)
+    with pytest.raises(ValueError, match="start is FromScratch: no cache can hold"):
+        start.check_text()
 
 
 def test_a_codec_with_stable_diffusion_3s_autoencoder(
     tmp_path: Path, photograph: Image.Image
 ) -> None:
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=128,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = StableDiffusionAutoencoder(tiny_vae(levels=4))
     components = tiny_components()
-    tokenizer = replace(components.tokenizer, autoencoder=StableDiffusionAutoencoder(vae).eval())
+    tokenizer = replace(components.tokenizer, autoencoder=vae.eval())
     replace(components, tokenizer=tokenizer).save(tmp_path)
     assert (tmp_path / "vae" / "config.json").is_file()
     loaded = CodecComponents.load(tmp_path)

@@ -50,6 +50,7 @@ SETUP = StageSetup(
     train_tokenizer=False,
     train_text_encoders=False,
     use_t5=False,
+    cached_text=False,
     adaptation=FullFinetune(),
     gradient_checkpointing=False,
     optimizer="adamw",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from percov2.components import TokenizerComponents
 from percov2.data.laion import Batch
+from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.sampler import Tiling
 from percov2.training import AutoencoderStage, EntropyStage, FlowStage
 from percov2.training.adaptation import FullFinetune
 from percov2.training.flow_start import FromModel
 from percov2.training.optimization import Optimization
-from tests.tiny_codec import save_tiny, tiny_tokenizer
+from tests.tiny_codec import CODEBOOK_SIZE, save_tiny, tiny_tokenizer
 
 FAST = Optimization(lr=1e-3, warmup_steps=0)
 
@@ -55,8 +60,17 @@ def _without_gradient(module: nn.Module) -> list[str]:
 def entropy_stage(directory: Path, *, tokenizer_steps: int, masked_from: int) -> EntropyStage:
     parts = tiny_tokenizer()
     parts.save(directory)
-    return EntropyStage(
+    return stage_of(
+        parts,
         autoencoder=str(directory),
+        tokenizer_steps=tokenizer_steps,
+        masked_steps_from=masked_from,
+        start=None if tokenizer_steps else directory,
+    )
+
+
+def stage_of(parts: TokenizerComponents, **options: Any) -> EntropyStage:
+    return EntropyStage(
         hyper_encoder=parts.hyper_encoder,
         quantizer=parts.quantizer,
         latent_decoder=parts.latent_decoder,
@@ -64,10 +78,9 @@ def entropy_stage(directory: Path, *, tokenizer_steps: int, masked_from: int) ->
         schedule="quincunx",
         tokenizer_optimization=FAST,
         masked_optimization=FAST,
-        tokenizer_steps=tokenizer_steps,
-        masked_steps_from=masked_from,
         pixel_weight=1.0,
         commitment_weight=0.25,
+        **options,
     ).train()
 
 
@@ -78,6 +91,7 @@ def flow_stage(
     from_prediction: bool,
     lpips_weight: float = 0.0,
     train_text_encoders: bool = True,
+    cached_text: bool = False,
     caption_dropout: float = 0.1,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
@@ -94,6 +108,7 @@ def flow_stage(
         caption_dropout=caption_dropout,
         train_tokenizer=train_tokenizer,
         train_text_encoders=train_text_encoders,
+        cached_text=cached_text,
         default_steps=2,
         default_guidance=1.0,
         lpips_weight=lpips_weight,
@@ -138,9 +153,9 @@ def test_the_pixel_error_reaches_the_tokenizer_through_the_frozen_decoder(
     latents = stage.autoencoder.encode(batch["image"]).detach()
     stage.quantizer.eval()
     stage.pixel_weight = 0.0
-    without, _ = stage._tokenizer_loss(batch["image"], latents)
+    without, _ = stage._tokenizer_loss(batch, latents)
     stage.pixel_weight = 3.0
-    with_pixels, _ = stage._tokenizer_loss(batch["image"], latents)
+    with_pixels, _ = stage._tokenizer_loss(batch, latents)
     prediction = stage.latent_decoder(stage.quantizer(stage.hyper_encoder(latents)).features)
     error = (stage.autoencoder.decode(prediction) - batch["image"]).square().mean()
     assert (with_pixels - without).item() == pytest.approx(3 * error.item(), rel=1e-4)
@@ -162,7 +177,7 @@ def test_entropy_stage_then_trains_the_masked_transformer_alone(
 
 
 def test_the_masked_transformer_starts_from_the_codebook_once(batch: Batch, tmp_path: Path) -> None:
-    stage = entropy_stage(tmp_path, tokenizer_steps=0, masked_from=0)
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=0)
     before = stage.masked_transformer.token_embedding.weight.clone()
     stage.on_train_batch_start(batch, 0)
     started = stage.masked_transformer.token_embedding.weight.clone()
@@ -180,6 +195,59 @@ def test_joint_phase_has_both_losses(batch: Batch, tmp_path: Path) -> None:
     stage.training_step(batch, 0).backward()
     assert _without_gradient(stage.hyper_encoder) == []
     assert _without_gradient(stage.masked_transformer) == []
+
+
+def test_a_start_gives_its_tokenizer_and_its_masked_transformer(
+    batch: Batch, tmp_path: Path
+) -> None:
+    source = tiny_tokenizer(seed=1)
+    source.save(tmp_path)
+    options = {"autoencoder": str(tmp_path), "tokenizer_steps": 0, "masked_steps_from": 0}
+    stage = stage_of(tiny_tokenizer(seed=0), start=tmp_path, **options)
+    for name in ("hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"):
+        taken = getattr(stage, name).state_dict()
+        for key, value in source.modules()[name].state_dict().items():
+            assert torch.equal(value, taken[key]), (name, key)
+    before = {key: value.clone() for key, value in stage.masked_transformer.state_dict().items()}
+    stage.on_train_batch_start(batch, 0)  # must not start anew from the codebook
+    for key, value in stage.masked_transformer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_masked_transformer_of_another_architecture_starts_anew(
+    batch: Batch, tmp_path: Path
+) -> None:
+    tiny_tokenizer(seed=1).save(tmp_path)
+    options = {"autoencoder": str(tmp_path), "tokenizer_steps": 0, "masked_steps_from": 0}
+    deeper = MaskedTransformer(
+        codebook_size=CODEBOOK_SIZE, dim=16, num_layers=3, num_heads=2, window=4
+    )
+    with pytest.warns(UserWarning, match="masked_transformer.num_layers is 3, but 2 in"):
+        stage = stage_of(
+            replace(tiny_tokenizer(seed=0), masked_transformer=deeper), start=tmp_path, **options
+        )
+    before = [p.clone() for p in deeper.parameters()]
+    stage.on_train_batch_start(batch, 0)
+    assert not all(torch.equal(p, b) for p, b in zip(deeper.parameters(), before, strict=True))
+    # The same configuration, weights of another version of the class.
+    file = tmp_path / "masked_transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    key, value = sorted(weights.items())[0]
+    save_file({**weights, key: torch.cat([value, value])}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"masked_transformer.{re.escape(key)} is \("):
+        stage_of(tiny_tokenizer(seed=0), start=tmp_path, **options)
+
+
+def test_a_start_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    tiny_tokenizer(reduction=4).save(tmp_path)
+    options = {"autoencoder": str(tmp_path), "tokenizer_steps": 5, "masked_steps_from": 0}
+    with pytest.raises(ValueError, match=r"hyper_encoder\.reduction is 2, but 4 in"):
+        stage_of(tiny_tokenizer(reduction=2), start=tmp_path, **options)
+    with pytest.raises(ValueError, match="hyper_encoder"):
+        stage_of(tiny_tokenizer(), start=tmp_path / "nowhere", **options)
+    options["tokenizer_steps"] = 0
+    with pytest.raises(ValueError, match="start is null, so the tokenizer would stay random"):
+        stage_of(tiny_tokenizer(), **options)
 
 
 def test_phases_with_a_gap_are_refused(tmp_path: Path) -> None:
@@ -247,13 +315,19 @@ def test_lpips_reaches_the_transformer_through_the_decoder(
 def test_cached_latents_and_text_give_the_same_loss(
     batch: Batch, tmp_path: Path, caption_dropout: float
 ) -> None:
-    stage = flow_stage(
-        tmp_path,
-        train_tokenizer=False,
-        from_prediction=True,
-        train_text_encoders=False,
-        caption_dropout=caption_dropout,
+    stage, from_cache = (
+        flow_stage(
+            tmp_path,
+            train_tokenizer=False,
+            from_prediction=True,
+            train_text_encoders=False,
+            cached_text=cached,
+            caption_dropout=caption_dropout,
+        )
+        for cached in (False, True)
     )
+    assert from_cache.text_conditioner is None
+    assert stage.text_conditioner is not None
     text, empty = (stage.text_conditioner(captions) for captions in (batch["caption"], [""]))
     cached = Batch(
         latents=stage.parts.autoencoder.encode(batch["image"]),
@@ -266,12 +340,11 @@ def test_cached_latents_and_text_give_the_same_loss(
     )
     # Text of a whole batch and of one caption differ by float32 rounding.
     expected = stage.training_step(batch, 0)
-    assert torch.allclose(stage.training_step(cached, 0), expected, rtol=1e-5)
-    if caption_dropout:
+    assert torch.allclose(from_cache.training_step(cached, 0), expected, rtol=1e-5)
+    if caption_dropout == 1.0:
         del cached["empty_embeddings"]
-        if caption_dropout == 1.0:
-            with pytest.raises(ValueError, match="empty_text"):
-                stage.training_step(cached, 0)
+        with pytest.raises(ValueError, match="empty_text"):
+            from_cache.training_step(cached, 0)
 
 
 def test_a_cache_that_does_not_suit_is_refused(batch: Batch, tmp_path: Path) -> None:
@@ -281,8 +354,19 @@ def test_a_cache_that_does_not_suit_is_refused(batch: Batch, tmp_path: Path) -> 
     cached = Batch(latents=latents, caption=batch["caption"], key=batch["key"])
     with pytest.raises(ValueError, match="--images true"):
         stage.validation_step(cached, 0)
+    with pytest.raises(ValueError, match="cached_text and train_text_encoders are both true"):
+        flow_stage(tmp_path / "both", train_tokenizer=False, from_prediction=True, cached_text=True)
+    from_cache = flow_stage(
+        tmp_path / "cached",
+        train_tokenizer=False,
+        from_prediction=True,
+        train_text_encoders=False,
+        cached_text=True,
+    )
+    with pytest.raises(ValueError, match="cached_text is true and the batch holds no cached text"):
+        from_cache.training_step(cached, 0)
     cached["text_embeddings"], cached["text_pooled"] = text.embeddings, text.pooled
-    with pytest.raises(ValueError, match="train_text_encoders"):
+    with pytest.raises(ValueError, match="cached_text is false and the batch holds cached text"):
         stage.training_step(cached, 0)
     entropy = entropy_stage(tmp_path / "entropy", tokenizer_steps=1, masked_from=1)
     with pytest.raises(ValueError, match="pixel_weight"):
@@ -307,6 +391,27 @@ def test_flow_loss_does_not_depend_on_how_samples_are_batched(batch: Batch, tmp_
     ]
     # float32 sums in another order
     assert torch.allclose(whole, torch.stack(halves).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_on_cached_text_exports_the_same_model(tmp_path: Path, half: bool) -> None:
+    for cached in (False, True):
+        stage = flow_stage(
+            tmp_path / "start",
+            train_tokenizer=False,
+            from_prediction=True,
+            train_text_encoders=False,
+            cached_text=cached,
+        )
+        stage.half_export = half
+        assert any(name.startswith("text_cond") for name in stage.state_dict()) != cached
+        stage.export(tmp_path / str(cached))
+    files = [
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (tmp_path / "False", tmp_path / "True")
+    ]
+    assert files[0] == files[1]
+    assert Path("text_encoder/model.safetensors") in files[1]
 
 
 def test_export_writes_what_load_reads(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ from torch import nn
 
 from percov2.training import strategy as strategy_module
 from percov2.training.checkpointing import ShardRecord
+from percov2.training.memory import MAX_LIVE
+from percov2.training.resume import check_checkpoint
 from percov2.training.strategy import (
     ZeroStrategy,
     _put,
     _without_weights,
-    check_checkpoint,
 )
 from tests.training.test_stages import entropy_stage
 
@@ -62,6 +63,8 @@ def test_a_missing_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_stage_that_zero_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="stage is 4"):
         ZeroStrategy(stage=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stage3_prefetch_bucket_size is for stage 3, stage is 2"):
+        ZeroStrategy(stage=2, stage3_prefetch_bucket_size=1)
 
 
 @needs_deepspeed
@@ -101,7 +104,12 @@ def test_the_shipped_overlays_mean_what_they_say(name: str, stage: int, offload:
     assert isinstance(strategy.config, dict)
     assert strategy.zero_stage == stage
     assert ("offload_optimizer" in strategy.config["zero_optimization"]) == offload
-    assert ("offload_param" in strategy.config["zero_optimization"]) == offload
+    zero = strategy.config["zero_optimization"]
+    assert ("offload_param" in zero) == offload
+    assert zero.get("stage3_max_live_parameters") == (MAX_LIVE if stage == 3 else None)
+    # What is kept and what is fetched ahead must fit below it.
+    together = ("stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+    assert sum(zero.get(name, 0) for name in together) <= MAX_LIVE
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from percov2.training.callbacks.monitoring import (
     ValidationMonitor,
     tokenizer_of,
     tokens_of,
-    total_over_processes,
 )
+from percov2.training.processes import total_over_processes
 
 
 class CodebookUsage(ValidationMonitor):

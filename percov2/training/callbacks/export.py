@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 import lightning as L
 
-from percov2.training.callbacks.weight_ema import WeightEMA
+from percov2.training.callbacks.weight_ema import refuse_late_averages
 from percov2.training.strategy import ZeroStrategy
 
 
@@ -43,10 +43,7 @@ class ExportModel(L.Callback):
         """
         if not isinstance(pl_module, Exportable):
             raise ValueError(f"{type(pl_module).__name__} has no export: it is no percov2 stage")
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        later = callbacks[callbacks.index(self) :]
-        if any(isinstance(callback, WeightEMA) for callback in later):
-            raise ValueError("trainer.callbacks: put WeightEMA before ExportModel")
+        refuse_late_averages(trainer, self)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather, while the strategy still stands."""

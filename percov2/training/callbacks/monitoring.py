@@ -12,11 +12,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from percov2.components import CodecComponents, TokenizerComponents
+from percov2.components import TokenizerComponents
 from percov2.data.samples import Batch
 from percov2.entropy.token_coder import TokenCoder
+from percov2.training.batches import latents_of
 from percov2.training.entropy_stage import EntropyStage
 from percov2.training.flow_stage import FlowStage
+from percov2.training.strategy import whole_weights
 
 Stage = EntropyStage | FlowStage
 """The stages that have tokens."""
@@ -174,41 +176,27 @@ class ValidationMonitor(StageMonitor, ABC):
             self._validations += 1
 
 
-def total_over_processes(trainer: L.Trainer, counts: Tensor) -> Tensor:
-    """Sum of equally shaped tensors of all processes. All processes must call it."""
-    device = trainer.strategy.root_device
-    total = trainer.strategy.reduce(counts.to(device), reduce_op="sum")
-    assert isinstance(total, Tensor)
-    return total.cpu()
-
-
 def parts_of(stage: Stage) -> dict[str, nn.Module]:
     """The networks of a stage by name."""
-    components = stage.components()
-    if isinstance(components, TokenizerComponents):
-        return components.modules()
-    return {
-        **components.tokenizer.modules(),
-        "transformer": components.transformer,
-        "text_conditioner": components.text_conditioner,
-    }
+    parts = tokenizer_of(stage).modules()
+    if isinstance(stage, FlowStage):
+        parts["transformer"] = stage.transformer
+        if stage.text_conditioner is not None:
+            parts["text_conditioner"] = stage.text_conditioner
+    return parts
 
 
 def tokenizer_of(stage: Stage) -> TokenizerComponents:
     """The part of a stage that makes and codes tokens."""
-    components = stage.components()
-    return components.tokenizer if isinstance(components, CodecComponents) else components
+    return stage.parts if isinstance(stage, FlowStage) else stage.components()
 
 
 def coder_of(stage: Stage) -> TokenCoder:
     """The entropy coder of a stage in its present state; the stage must be in evaluation mode."""
-    parts = tokenizer_of(stage)
     schedule = stage.config.schedule if isinstance(stage, FlowStage) else stage.schedule
-    return TokenCoder(
-        None if schedule == "uniform" else parts.masked_transformer,
-        schedule=schedule,
-        codebook_size=parts.quantizer.codebook_size,
-    )
+    parts = tokenizer_of(stage)
+    with whole_weights(parts.masked_transformer):
+        return parts.token_coder(schedule, device=stage.device)
 
 
 @torch.no_grad()
@@ -216,6 +204,6 @@ def tokens_of(stage: Stage, batch: Batch) -> Tensor:
     """Tokens (B, r, c) of a batch; the stage must be in evaluation mode."""
     assert not stage.training, "the quantiser would move its codebook"
     parts = tokenizer_of(stage)
-    latents = batch["latents"] if "latents" in batch else parts.autoencoder.encode(batch["image"])
+    latents = latents_of(batch, parts.autoencoder)
     tokens: Tensor = parts.quantizer(parts.hyper_encoder(latents)).tokens
     return tokens

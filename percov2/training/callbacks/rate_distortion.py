@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import cast
 
 import lightning as L
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from percov2.codec import Codec, check_sampling
 from percov2.contact_sheet import contact_sheet
 from percov2.data.samples import Batch
 from percov2.data.transforms import image_to_tensor, tensor_to_image
-from percov2.model_store import INDEX_NAME
+from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
 from percov2.training.autoencoder_stage import psnr
+from percov2.training.batches import image_of
 from percov2.training.callbacks.monitoring import Stage, ValidationMonitor, coder_of
 from percov2.training.entropy_stage import EntropyStage
 from percov2.training.flow_stage import FlowStage
+from percov2.training.strategy import whole_weights
 
 _SEED = 0
 """Of the noise: a picture changes from one validation to the next by training alone."""
@@ -111,19 +113,21 @@ class RateDistortionSamples(ValidationMonitor):
         """Code and decode the first images.
 
         Raises:
-            ValueError: the batch holds no pictures.
+            ValueError: the batch holds no pictures, or cached text without that of an empty
+                caption.
         """
         left = self.scatter_images - self._seen
         if left == 0:
             return
-        if "image" not in batch:
-            raise ValueError(
-                "RateDistortionSamples needs pictures, validation batches hold latents alone: "
-                "validate on pictures or remove it from trainer.callbacks"
-            )
-        codec = live_codec(stage) if isinstance(stage, FlowStage) else None
-        pairs = zip(batch["image"][:left], batch["caption"][:left], strict=True)
-        for image, caption in pairs:
+        images = image_of(batch, needed_by="RateDistortionSamples")
+        text = codec = None
+        if isinstance(stage, FlowStage):
+            text = CachedText(batch) if stage.text_conditioner is None else stage.text_conditioner
+            codec = live_codec(stage, text)
+        pairs = zip(images[:left], batch["caption"][:left], strict=True)
+        for row, (image, caption) in enumerate(pairs):
+            if isinstance(text, CachedText):
+                text.row = row
             original = tensor_to_image(image)
             on_sheet = self._seen < self.images
             if codec is None:
@@ -158,17 +162,45 @@ class RateDistortionSamples(ValidationMonitor):
         self._rows = []
 
 
-def live_codec(stage: FlowStage) -> Codec:
+class CachedText(nn.Module):
+    """Stands in for text encoders where a batch holds what they said of its captions.
+
+    Args:
+        batch: with text, and with that of an empty caption.
+
+    Raises:
+        ValueError: there is none of an empty caption, which guidance needs.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__()
+        if "empty_embeddings" not in batch:
+            raise ValueError(
+                "RateDistortionSamples needs the text of an empty caption: set "
+                "data.init_args.empty_text or remove it from trainer.callbacks"
+            )
+        self.batch, self.row = batch, 0
+
+    def forward(self, captions: Sequence[str]) -> TextCondition:
+        """Text of the empty caption, and for every other caption that of the present row."""
+        batch, row = self.batch, self.row
+        empty = batch["empty_embeddings"], batch["empty_pooled"]
+        own = batch["text_embeddings"][row], batch["text_pooled"][row]
+        chosen = [own if caption else empty for caption in captions]
+        embeddings, pooled = (torch.stack(parts) for parts in zip(*chosen, strict=True))
+        return TextCondition(embeddings=embeddings, pooled=pooled)
+
+
+def live_codec(stage: FlowStage, text: TextConditioner | CachedText) -> Codec:
     """The codec in the stage's present state, on its device, sharing its weights.
 
     Its streams are of the size that the exported model's will have, but of no model: their
     model id is 0.
     """
-    components = stage.components()
-    with tempfile.TemporaryDirectory() as folder:
-        index = Path(folder) / INDEX_NAME
-        index.write_text(components.config.to_json(), encoding="utf-8")
-        return Codec(components, Path(folder), device=stage.device)
+    # All that a codec asks of text encoders is to be called with captions.
+    components = stage.components(cast(TextConditioner, text))
+    with whole_weights(stage.parts.masked_transformer):
+        return Codec(components, device=stage.device)
 
 
 def decode_all(

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from torch import distributed
 
 from percov2.data.module import StreamDataModule
+from percov2.data.processes import gather_objects
 from percov2.training.callbacks.monitoring import Monitor, StepInterval, at_least_one
 
 
@@ -75,11 +75,7 @@ def _data_module(trainer: L.Trainer) -> L.LightningDataModule | None:
 
 def _sum_over_processes(counts: Mapping[str, int]) -> Counter[str]:
     """Sum of the counts of all processes, which may have met different kinds."""
-    parts: list[Any] = [dict(counts)]
-    if distributed.is_available() and distributed.is_initialized():
-        parts = [None] * distributed.get_world_size()
-        distributed.all_gather_object(parts, dict(counts))
     total: Counter[str] = Counter()
-    for part in parts:
+    for part in gather_objects(dict(counts)):
         total.update(part)
     return total

@@ -16,7 +16,7 @@ from percov2.training.callbacks.monitoring import (
     at_least_one,
     tokenizer_of,
 )
-from percov2.training.callbacks.weight_ema import WeightEMA
+from percov2.training.callbacks.weight_ema import refuse_late_averages
 
 
 class Throughput(StageMonitor):
@@ -50,10 +50,7 @@ class Throughput(StageMonitor):
                 work would count as waiting for data.
         """
         super().setup(trainer, pl_module, stage)
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        later = callbacks[callbacks.index(self) :]
-        if any(isinstance(callback, WeightEMA) for callback in later):
-            raise ValueError("trainer.callbacks: put WeightEMA before Throughput")
+        refuse_late_averages(trainer, self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the first window."""

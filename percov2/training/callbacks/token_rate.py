@@ -14,8 +14,8 @@ from percov2.training.callbacks.monitoring import (
     at_least_one,
     coder_of,
     tokens_of,
-    total_over_processes,
 )
+from percov2.training.processes import total_over_processes
 
 
 class TokenRate(ValidationMonitor):

@@ -130,5 +130,17 @@ class WeightEMA(L.Callback):
         self._average, self._step = weights, checkpoint[AVERAGE]["step"]
 
 
+def refuse_late_averages(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Refuse a `WeightEMA` that comes behind a callback that must see what it has done.
+
+    Raises:
+        ValueError: there is one.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(later, WeightEMA) for later in callbacks[callbacks.index(callback) :]):
+        name = type(callback).__name__
+        raise ValueError(f"trainer.callbacks: put WeightEMA before {name}")
+
+
 def _trained(module: L.LightningModule) -> list[str]:
     return [name for name, weight in module.named_parameters() if weight.requires_grad]

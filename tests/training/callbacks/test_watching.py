@@ -121,8 +121,8 @@ def token_grids(stage: EntropyStage | FlowStage) -> list[Any]:
 
 
 def coder(stage: EntropyStage | FlowStage) -> TokenCoder:
-    model = stage.parts if isinstance(stage, FlowStage) else stage
-    return TokenCoder(model.masked_transformer, schedule="quincunx", codebook_size=CODEBOOK_SIZE)
+    parts = stage.parts if isinstance(stage, FlowStage) else stage.components()
+    return parts.token_coder("quincunx")
 
 
 @pytest.mark.parametrize("name", ["flow", "entropy"])

@@ -1,0 +1,95 @@
+"""Stage 1 under a real Trainer: the masked transformer alone, and counts over all processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from percov2.components import TokenizerComponents
+from percov2.training.callbacks import ExportModel, WeightEMA
+from percov2.training.callbacks.weight_ema import _trained
+from tests.tiny_codec import CODEBOOK_SIZE
+from tests.training.callbacks.watched_runs import PictureDataModule, fit
+from tests.training.test_stages import entropy_stage
+
+
+def test_a_masked_transformer_alone_is_trained_averaged_and_exported(tmp_path: Path) -> None:
+    stage = entropy_stage(tmp_path / "start", tokenizer_steps=0, masked_from=0)
+    before = {name: value.clone() for name, value in stage.state_dict().items()}
+    average = WeightEMA(decay=0.5)
+    export = ExportModel(tmp_path / "model")
+    trainer = fit(stage, tmp_path / "run", [average, export], steps=4)
+    (group,) = trainer.optimizers[0].param_groups
+    trained = {id(p) for p in group["params"]}
+    assert trained == {id(p) for p in stage.masked_transformer.parameters() if p.requires_grad}
+    for name, value in stage.state_dict().items():
+        if not name.startswith("masked_transformer."):
+            assert torch.equal(value, before[name]), name
+    exported = TokenizerComponents.load(tmp_path / "model").masked_transformer
+    averages = dict(zip(_trained(stage), average._average, strict=True))
+    for name, value in exported.named_parameters():
+        assert torch.equal(value, averages[f"masked_transformer.{name}"]), name
+    assert not all(torch.equal(v, before[n]) for n, v in averages.items())
+
+
+class WithAnotherProcess(SingleDeviceStrategy):
+    """One process that is told the same sums as if there were a second one."""
+
+    def __init__(self, other: Tensor) -> None:
+        super().__init__()
+        self.other = other
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(tensor, Tensor) and tensor.shape == self.other.shape:
+            assert kwargs["reduce_op"] == "sum"
+            return tensor + self.other
+        return tensor
+
+
+def test_held_out_tokens_are_counted_over_all_processes(tmp_path: Path) -> None:
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=0)
+    # The other process has met 100 tokens, all of them of code 3, and spent 50 bytes on them.
+    other = torch.zeros(CODEBOOK_SIZE + 1, dtype=torch.int64)
+    other[3], other[-1] = 100, 50
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    trainer = L.Trainer(strategy=WithAnotherProcess(other), accelerator="cpu", **options)
+    trainer.validate(stage, datamodule=PictureDataModule(), verbose=False)
+    logged = trainer.callback_metrics
+    counts = stage._counts + other[:-1]
+    assert int(counts.sum()) == 100 + 3 * 16
+    bits = 8 * (stage._bytes + 50) / int(counts.sum())
+    assert logged["val/bits_per_token"] == pytest.approx(bits)
+    share = counts[counts > 0] / counts.sum()
+    entropy = -(share * share.log2()).sum()
+    assert logged["val/zero_order_entropy"] == pytest.approx(entropy.item(), rel=1e-5)
+    assert logged["val/codes_used"] == len(share)
+
+
+class Observer(SingleDeviceStrategy):
+    """Notes the layout of the weights that it is to wrap."""
+
+    def setup(self, trainer: L.Trainer) -> None:
+        assert self.model is not None
+        self.layouts = {
+            name: weight.is_contiguous(memory_format=torch.channels_last)
+            for name, weight in self.model.named_parameters()
+            if weight.ndim == 4
+        }
+        super().setup(trainer)
+
+
+def test_the_layout_is_chosen_before_the_strategy_wraps_the_weights(tmp_path: Path) -> None:
+    """DDP would otherwise warn that gradients and buckets differ in their strides."""
+    observer = Observer()
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "max_steps": 1}
+    trainer = L.Trainer(strategy=observer, accelerator="cpu", limit_val_batches=0, **options)
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=0)
+    trainer.fit(stage, datamodule=PictureDataModule())
+    assert len(observer.layouts) > 10
+    assert all(observer.layouts.values())
