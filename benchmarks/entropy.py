@@ -22,7 +22,7 @@ import percov2
 from percov2.codec import Codec
 from percov2.data.transforms import image_to_tensor
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
-from percov2.entropy.schedules import num_groups
+from percov2.entropy.schedules import make_schedule
 from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.files import list_images
 from percov2.images import read_image
@@ -44,12 +44,8 @@ def cross_entropy(grids: list[Tokens], others: list[Tokens], codes: int) -> floa
 def float_bits(codec: Codec, grid: Tokens) -> float:
     """Bits of a grid under the float model."""
     model = codec.components.tokenizer.masked_transformer
-    groups = codec.config.schedule
-    order = torch.from_numpy(
-        TokenCoder(None, schedule=groups, codebook_size=model.config.codebook_size)
-        .groups(*grid.shape)
-        .astype(np.int64)
-    )[None]
+    groups = make_schedule(codec.config.schedule, *grid.shape)
+    order = torch.from_numpy(groups.astype(np.int64))[None]
     tokens, total = torch.from_numpy(grid)[None], 0.0
     for k in range(int(order.max()) + 1):
         where = order == k
@@ -124,7 +120,7 @@ def hybrid(codec: Codec, folder: Path) -> None:
     """Print rate and PSNR for every number of groups sent."""
     print(f"| {codec.config.name}: groups sent | bytes | bpp | PSNR (dB) |\n|---|---|---|---|")
     paths = list_images(folder)
-    total = min(num_groups(codec._coder.groups(*codec.encode_tokens(p).shape)) for p in paths[:1])
+    total = min(codec.summary.steps_total(*read_image(path)[0].size) for path in paths)
     for steps in range(1, total + 1):
         rows = []
         for path in paths:

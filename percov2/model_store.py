@@ -8,6 +8,7 @@ from pathlib import Path
 
 from percov2.bitstream import BitstreamError
 from percov2.entropy.schedules import SCHEDULES, make_schedule, num_groups
+from percov2.messages import first_line
 
 PRESETS_DIRECTORY = Path(__file__).parent / "presets"
 INDEX_NAME = "model_index.json"
@@ -153,9 +154,8 @@ def _fetch(model: str, *, index_only: bool) -> Path:
             return directory
         return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"cannot fetch model {model!r} from the hub ({first}): check the name and the "
-            "network; for a gated repository accept its licence and log in with `hf auth login` "
-            "or set HF_TOKEN"
+            f"cannot fetch model {model!r} from the hub ({first_line(error)}): check the name "
+            "and the network; for a gated repository accept its licence and log in with "
+            "`hf auth login` or set HF_TOKEN"
         ) from error

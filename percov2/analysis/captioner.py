@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from percov2.messages import one_line
+from percov2.messages import first_line, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -262,8 +262,7 @@ def _load_published_code(model: str, dtype: torch.dtype | None) -> tuple[Any, An
 
 def _not_loaded(model: str, error: OSError | ValueError) -> ValueError:
     """Keep the first line of transformers' message; the rest lists all it knows."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ValueError(f"cannot load captioner {model}: {reason} ({REMEDY})")
+    return ValueError(f"cannot load captioner {model}: {first_line(error)} ({REMEDY})")
 
 
 def _common_prefix(output: torch.Tensor, prompt: torch.Tensor) -> int:

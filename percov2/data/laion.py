@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from percov2.data.filters import NO_FILTERS, Filters
 from percov2.data.module import ShardDataModule
-from percov2.data.samples import Batch, picture_decoder
-from percov2.data.shards import DEFAULT_RETRY, Retry, expand_shards
-
-__all__ = ["Batch", "LaionDataModule", "expand_shards"]
+from percov2.data.samples import picture_decoder
+from percov2.data.shards import DEFAULT_RETRY, Retry
 
 
 class LaionDataModule(ShardDataModule):

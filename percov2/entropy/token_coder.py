@@ -79,12 +79,10 @@ class TokenCoder:
                 f"{self.codebook_size} codes"
             )
         for k in range(steps):
-            symbols = tokens[groups == k].astype(np.int32)
             if self.model is None:
-                encoder.encode_uniform(symbols, self.codebook_size)
+                encoder.encode_uniform(tokens[groups == k].astype(np.int32), self.codebook_size)
                 continue
-            for frequencies in self._predict(tokens, groups, k):
-                part, symbols = np.split(symbols, [len(frequencies)])
+            for part, frequencies in self._predicted(tokens, groups, k):
                 encoder.encode(part, frequencies)
 
     def read(self, decoder: RangeDecoder, rows: int, cols: int, *, steps: int) -> Tokens:
@@ -157,15 +155,14 @@ class TokenCoder:
         groups = self.groups(*tokens.shape)
         bits = []
         for k in range(num_groups(groups)):
-            symbols = tokens[groups == k]
             if self.model is None:
-                bits.append(float(len(symbols) * np.log2(self.codebook_size)))
+                bits.append(float((groups == k).sum() * np.log2(self.codebook_size)))
                 continue
-            total = 0.0
-            for frequencies in self._predict(tokens, groups, k):
-                part, symbols = np.split(symbols, [len(frequencies)])
-                total -= float(np.log2(frequencies[np.arange(len(part)), part] / TOTAL).sum())
-            bits.append(total)
+            shares = [
+                frequencies[np.arange(len(part)), part] / TOTAL
+                for part, frequencies in self._predicted(tokens, groups, k)
+            ]
+            bits.append(-float(np.log2(np.concatenate(shares)).sum()))
         return bits
 
     def _predict(self, tokens: Tokens, groups: Groups, k: int) -> Iterator[Frequencies]:
@@ -176,6 +173,15 @@ class TokenCoder:
         assert self.model is not None
         visible = np.where(groups < k, tokens, 0)
         return self.model.predict(torch.from_numpy(visible)[None], groups, k)
+
+    def _predicted(
+        self, tokens: Tokens, groups: Groups, k: int
+    ) -> Iterator[tuple[NDArray[np.int32], Frequencies]]:
+        """Group k's tokens (n,) beside their frequencies (n, V), in chunks."""
+        symbols = tokens[groups == k].astype(np.int32)
+        for frequencies in self._predict(tokens, groups, k):
+            part, symbols = np.split(symbols, [len(frequencies)])
+            yield part, frequencies
 
     def _read_group(
         self, decoder: RangeDecoder, tokens: Tokens, groups: Groups, k: int

@@ -57,13 +57,9 @@ class Processes:
 
     def gather(self, thing: T) -> list[T]:
         """What every process gives, in the order of the ranks."""
-        if self.count == 1:
-            return [thing]
-        from torch import distributed
+        from percov2.data.processes import gather_objects
 
-        things: list[T | None] = [None] * self.count
-        distributed.all_gather_object(things, thing)
-        return things  # type: ignore[return-value]
+        return gather_objects(thing)
 
 
 @contextmanager

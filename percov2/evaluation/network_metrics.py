@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from percov2.evaluation.pixel_metrics import Original
-from percov2.evaluation.weights import AbsentError, first_line, weights_from
+from percov2.evaluation.weights import AbsentError, weights_from
+from percov2.messages import first_line
 
 
 class Lpips:

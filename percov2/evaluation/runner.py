@@ -35,8 +35,9 @@ from percov2.evaluation.results import (
     write_table,
 )
 from percov2.evaluation.task import Task, merge_description
-from percov2.evaluation.weights import AbsentError, first_line
+from percov2.evaluation.weights import AbsentError
 from percov2.files import atomic_path
+from percov2.messages import first_line
 
 # What codecs raise on a picture; torch's out-of-memory errors are RuntimeErrors.
 _FAILURES = (ValueError, OSError, RuntimeError, MemoryError, AbsentError)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from percov2.messages import first_line
+
 _SECONDS_TO_CONNECT = 20.0
 # No network: URLError, an OSError, or what a broken connection raises. A file of another network
 # or a damaged one: RuntimeError, ValueError, or what unpickling raises.
@@ -61,9 +63,3 @@ def weights_from(folder: Path | None, what: str) -> Iterator[None]:
             if folder is not None:
                 torch.hub.set_dir(before)
             socket.setdefaulttimeout(timeout)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

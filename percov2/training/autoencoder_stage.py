@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from percov2.analysis.autoencoder import PatchAutoencoder
 from percov2.components import save_autoencoder
-from percov2.data.laion import Batch
+from percov2.data.samples import Batch
 from percov2.training.optimization import Optimization, Phase, build_optimizer
 
 

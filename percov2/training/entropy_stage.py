@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from percov2.analysis.hyper_encoder import HyperEncoder
 from percov2.analysis.vector_quantizer import VectorQuantizer
 from percov2.components import TokenizerComponents, load_autoencoder
-from percov2.data.laion import Batch
+from percov2.data.samples import Batch
 from percov2.entropy.masked_transformer import (
     MaskedTransformer,
     draw_training_masks,

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from percov2.data.filters import Filters
-from percov2.data.laion import Batch, LaionDataModule
+from percov2.data.laion import LaionDataModule
+from percov2.data.samples import Batch
 from tests.data.shard_factory import sample, write_shard
 
 COLOURS = [(0, 0, 0), (250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 250), (120, 60, 180)]

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from percov2.data.laion import Batch, LaionDataModule
+from percov2.data.laion import LaionDataModule
+from percov2.data.samples import Batch
 from tests.data.shard_factory import sample, write_shard, write_shards
 
 

@@ -74,7 +74,7 @@ def draw_tokens(codec: Codec, plan: _Plan, seed: int) -> Tokens:
     grid = codec.summary.token_grid(*plan[2])
     if plan[6]:
         return np.random.default_rng(seed).integers(0, CODEBOOK_SIZE, grid)
-    return codec._coder.fill(np.full(grid, -1), seed=seed)
+    return codec._coders[False].fill(np.full(grid, -1), seed=seed)
 
 
 def make_streams() -> None:
@@ -97,7 +97,7 @@ def make_streams() -> None:
         drawn = draw_tokens(codec, plan, seed)
         data = encode(codec, stream, drawn)
         stream.path.write_bytes(data)
-        sent = codec._coder.groups(*drawn.shape) < stream.steps
+        sent = codec._coders[False].groups(*drawn.shape) < stream.steps
         tokens[name] = np.where(sent, drawn, -1).astype(np.int16)
         manifest.append(stream)
         print(f"{name}: {size[0]}x{size[1]}, {len(data)} bytes")

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from percov2.data.laion import Batch
+from percov2.data.samples import Batch
 
 
 class _Batches(IterableDataset[Batch]):

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, IterableDataset
 
-from percov2.data.laion import Batch
+from percov2.data.samples import Batch
 from percov2.training.strategy import master_weights
 
 # An earlier run in the tests' own process leaves these behind, and still holds the port.
