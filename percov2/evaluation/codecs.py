@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -133,7 +134,8 @@ class PercoCandidate(Candidate):
             + (f", guidance {guidance:g}" if guidance is not None else ""),
             slug=make_slug("percov2", config.name, str(self.steps), *chosen),
             suffix=".pcv2",
-            identity=f"model {config.model_id}, captions {store_captions}",
+            identity=f"model {config.model_id}, weights {_digest(codec)}, "
+            f"captions {store_captions}",
         )
 
     def encode(self, image: Image.Image, caption: str, target: int | None) -> Encoded:
@@ -165,3 +167,24 @@ class PercoCandidate(Candidate):
     def decode(self, data: bytes, size: tuple[int, int]) -> Image.Image:
         """See `Candidate`."""
         return self.codec.decompress(data, steps=self.steps, guidance=self.guidance)
+
+
+def _digest(codec: Codec) -> str:
+    """Hexadecimal digest of all that makes tokens and paints them.
+
+    The model's id does not tell: it is of what reads a stream, and stays when a painter is
+    finetuned.
+    """
+    import torch
+
+    parts = codec.components.tokenizer.modules() | {
+        "transformer": codec.components.transformer,
+        "text_conditioner": codec.components.text_conditioner,
+    }
+    config = codec.config
+    digest = hashlib.blake2b(repr((config.flow, config.tiling)).encode(), digest_size=8)
+    for part, module in sorted(parts.items()):
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{name}".encode())
+            digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -269,6 +269,18 @@ def test_competitor_without_a_file_to_match_fails(folder: Path, tmp_path: Path) 
     assert "fid" in entry["absent"]
 
 
+def test_a_finetuned_painter_is_not_taken_for_the_one_before(
+    codec: Codec, tiny_model: Path
+) -> None:
+    """Its model id is the same, since it reads the same streams."""
+    same, finetuned = (Codec.from_pretrained(str(tiny_model)) for _ in range(2))
+    with torch.no_grad():
+        next(finetuned.components.transformer.parameters()).add_(1e-3)
+    assert finetuned.config.model_id == codec.config.model_id
+    identities = [_Perco(each).info.identity for each in (codec, same, finetuned)]
+    assert identities[0] == identities[1] != identities[2]
+
+
 def test_other_settings_need_another_output(codec: Codec, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     Runner(_task(folder, output, [_Perco(codec)])).run()
