@@ -13,7 +13,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 FIT := $(BIN)/python -m percov2.fit --config
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint format types golden train-tiny figures clean
+.PHONY: help venv demo test test-slow test-gpu lint format types golden docs notebooks check-wheel \
+	train-tiny figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,22 +61,33 @@ types: $(INSTALLED) ## check the type annotations
 golden: $(INSTALLED) ## freeze a model and streams into tests/golden (refuses to replace them)
 	$(BIN)/python -m tests.golden.make
 
+docs: $(INSTALLED) ## build the documentation into site/
+	$(BIN)/python -m mkdocs build --strict
+
+notebooks: $(INSTALLED) ## run the notebooks from top to bottom
+	$(PYTEST) -m slow tests/test_notebooks.py
+
+check-wheel: ## build sdist and wheel, and run the demo from the wheel in an empty environment
+	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) .ci/check-wheel
+
 train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards and captions)
 	$(FIT) configs/tiny/autoencoder.yaml
 	$(FIT) configs/tiny/stage1.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml
 	$(FIT) configs/tiny/stage2.yaml
+	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml \
 		--config configs/tiny/masked.yaml --config configs/tiny/low/masked.yaml
-	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/low/stage2.yaml
+	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
+		--config configs/tiny/low/adversarial.yaml
 
 figures: $(INSTALLED) ## measure tiny and its competitors on Kodak (KODAK=DIR)
 	$(if $(KODAK),,$(error KODAK is not set: run `make figures KODAK=DIR` with the folder of the Kodak images))
-	$(BIN)/percov2 evaluate --data kodak=$(KODAK) --output runs/kodak --steps 4 \
+	$(BIN)/percov2 evaluate --data kodak=$(KODAK) --output runs/kodak --model tiny tiny-low \
 		--competitors webp,avif --rates same,2x \
 		--metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
 
 clean: ## remove caches and build products (keeps .venv and runs)
-	rm -rf build dist *.egg-info demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks percov2 tests -name __pycache__ -type d -prune -exec rm -rf {} +

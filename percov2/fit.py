@@ -31,6 +31,7 @@ class Variables:
         data: folder of the data sets.
         autoencoder: directory with an autoencoder (stage 1).
         tokenizer: stage 1 directory (stage 2, and stage 1 that retrains a masked transformer).
+        start: model directory that is trained on from (stage 2).
         name: of the model (stage 2).
         schedule: of the token groups.
         reduction: latents per token along an axis (stage 1).
@@ -45,6 +46,7 @@ class Variables:
     data: str
     autoencoder: str | None = None
     tokenizer: str | None = None
+    start: str | None = None
     name: str | None = None
     schedule: str | None = None
     reduction: int | None = None

@@ -27,6 +27,11 @@ class Autoencoder(nn.Module, ABC):
     def latent_channels(self) -> int:
         """Channels of the latents (16 for SD3)."""
 
+    @property
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The weights of `decode` that finetuning may change without touching `encode`."""
+
     @abstractmethod
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] to scaled latents (B, C, H / 8, W / 8); repeatable."""
@@ -71,6 +76,12 @@ class StableDiffusionAutoencoder(Autoencoder):
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.vae.config.latent_channels)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """See `Autoencoder.decoder`."""
+        decoder: nn.Module = self.vae.decoder
+        return decoder
 
     def encode(self, image: Tensor) -> Tensor:
         """See `Autoencoder.encode`."""
@@ -133,6 +144,11 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.config.latent_channels)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """See `Autoencoder.decoder`: the residual; the components serve both directions."""
+        return self.decoder_residual
 
     def encode(self, image: Tensor) -> Tensor:
         """See `Autoencoder.encode`."""

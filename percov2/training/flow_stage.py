@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from percov2.components import CodecComponents, CodecConfig, TokenizerComponents
-from percov2.data.laion import Batch
+from percov2.data.samples import Batch
 from percov2.entropy.masked_transformer import draw_training_masks, masked_cross_entropy
 from percov2.entropy.schedules import make_schedule
 from percov2.synthesis.flow import Flow
@@ -20,6 +20,7 @@ from percov2.synthesis.flow_transformer import predict, predict_velocity
 from percov2.synthesis.sampler import Tiling, sample
 from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
 from percov2.training.adaptation import Adaptation
+from percov2.training.adversary import Adversary
 from percov2.training.autoencoder_stage import psnr
 from percov2.training.batches import image_of, latents_of
 from percov2.training.flow_start import FlowStart
@@ -58,6 +59,8 @@ class FlowStage(L.LightningModule):
             gradient through the autoencoder's decoder; 0 spares it. The paper uses 0.1 above
             0.05 bpp.
         lpips_net: backbone of LPIPS.
+        adversary: judges the decoded estimates of the data, for a flow that is to paint in a few
+            steps; training times are then those of its sampling grid.
         validation_steps: sampling steps of the validation images.
         half: export float16 weights.
         seed: of noise, times and caption drop.
@@ -87,6 +90,7 @@ class FlowStage(L.LightningModule):
         gradient_checkpointing: bool = False,
         lpips_weight: float = 0.0,
         lpips_net: LpipsNet = "vgg",
+        adversary: Adversary | None = None,
         validation_steps: int = 4,
         half: bool = False,
         seed: int = 0,
@@ -97,7 +101,10 @@ class FlowStage(L.LightningModule):
         trained = {"hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"}
         for part, module in parts.modules().items():
             setattr(self, part, module.requires_grad_(train_tokenizer and part in trained))
-        self.parts = parts
+        start.take_over_decoder(self.autoencoder)
+        self.parts, self.adversary = parts, adversary
+        self.decoder_trained = adversary is not None and adversary.train_decoder
+        self.autoencoder.decoder.requires_grad_(self.decoder_trained)
         self.start, self.cached_text = start, cached_text
         self.text_conditioner = self._text_encoders(train_text_encoders)
         self.transformer = start.build_transformer(
@@ -191,22 +198,47 @@ class FlowStage(L.LightningModule):
     ) -> Tensor:
         """Mean squared error of the network's output (velocity or residual), and LPIPS."""
         draws = sample_generators(self.seed, step, batch["key"], purpose="flow")
-        normal = torch.stack([torch.randn((), generator=g) for g in draws]).to(latents)
+        t = self._times(draws).to(latents)
         dropped = [bool(torch.rand((), generator=g) < self.caption_dropout) for g in draws]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws])
-        t = self.flow.normal_to_time(normal)
-        x_1 = self.flow.source(prediction, noise.to(latents))
+        # A flow that learns the sampling grid learns the sampler's noise too.
+        source = self.flow.source if self.adversary is None else self.flow.sampling_source
+        x_1 = source(prediction, noise.to(latents))
         x_t = self.flow.interpolate(latents, x_1, t)
         text = self._text(batch, dropped)
         output = predict(self.transformer, x_t, condition, t, text.embeddings, text.pooled)
         loss = F.mse_loss(output, self.flow.target(latents, x_1, prediction))
-        if self.lpips is None or not self.training:
+        if not self.training:
             return loss
-        picture = image_of(batch, needed_by=f"lpips_weight {self.lpips_weight}")
+        self.log("train/flow", loss, prog_bar=True)
+        if self.lpips is None and self.adversary is None:
+            return loss
         estimate = self.flow.output_to_data(output, x_t, prediction, t)
-        distance = self.lpips(self.parts.autoencoder.decode(estimate), picture)
-        self.log("train/lpips", distance)
-        return loss + self.lpips_weight * distance
+        return self._picture_loss(loss, self.parts.autoencoder.decode(estimate), batch)
+
+    def _times(self, draws: list[torch.Generator]) -> Tensor:
+        """Training times (B,): logit-normal, or with an adversary those of its sampling grid."""
+        if self.adversary is None:
+            normal = torch.stack([torch.randn((), generator=g) for g in draws])
+            return self.flow.normal_to_time(normal)
+        grid = self.flow.time_grid(self.adversary.steps)[:-1]
+        return torch.stack([grid[torch.randint(len(grid), (), generator=g)] for g in draws])
+
+    def _picture_loss(self, flow: Tensor, painted: Tensor, batch: Batch) -> Tensor:
+        """The flow's loss, and what LPIPS and adversary say of the painted pictures."""
+        loss = flow
+        if self.lpips is not None:
+            picture = image_of(batch, needed_by=f"lpips_weight {self.lpips_weight}")
+            distance = self.lpips(painted, picture)
+            self.log("train/lpips", distance)
+            loss = loss + self.lpips_weight * distance
+        if self.adversary is not None:
+            found = self.adversary(painted, image_of(batch, needed_by="adversary"))
+            for name, value in found._asdict().items():
+                self.log(f"train/{name}", value)
+            # The flow's own error is weighed anew.
+            loss = loss - flow + self.adversary.total(flow, found)
+        return loss
 
     def _masked_loss(self, tokens: Tensor, keys: list[str]) -> Tensor:
         """Bits per token of the masked transformer on the present, detached tokens."""
@@ -223,11 +255,11 @@ class FlowStage(L.LightningModule):
             latents = latents_of(batch, self.parts.autoencoder)
         tokens, condition, prediction = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=self.global_step)
-        self.log("train/flow", loss, prog_bar=True)
         if self.train_tokenizer:
             bits = self._masked_loss(tokens, batch["key"])
             self.log("train/bits_per_token", bits, prog_bar=True)
             loss = loss + bits
+        self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -253,16 +285,19 @@ class FlowStage(L.LightningModule):
         self.log("val/psnr_prediction", psnr(flat, image), batch_size=size, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over everything that requires a gradient."""
-        return build_optimizer(
-            Phase(
-                optimization=self.optimization,
-                parameters=self.parameters(),
-                first=0,
-                last=int(self.trainer.estimated_stepping_batches),
-            ),
-            strategy=self.trainer.strategy,
-        )
+        """AdamW over all that requires a gradient; the adversary's heads at their own rate."""
+        judges = [] if self.adversary is None else list(self.adversary.parameters())
+        known = {id(p) for p in judges}
+        painters = [p for p in self.parameters() if id(p) not in known]
+        phases = [self._phase(self.optimization, painters)]
+        if self.adversary is not None:
+            phases.append(self._phase(self.adversary.optimization, judges))
+        return build_optimizer(*phases, strategy=self.trainer.strategy)
+
+    def _phase(self, optimization: Optimization, parameters: list[nn.Parameter]) -> Phase:
+        """The whole run."""
+        last = int(self.trainer.estimated_stepping_batches)
+        return Phase(optimization=optimization, parameters=parameters, first=0, last=last)
 
     def components(self, text: TextConditioner) -> CodecComponents:
         """The codec in its present state, sharing the stage's weights.
@@ -285,5 +320,7 @@ class FlowStage(L.LightningModule):
         plain = self.adaptation.merged(self.transformer)
         text = self.start.build_text() if self.text_conditioner is None else self.text_conditioner
         replace(self.components(text), transformer=plain).save(directory, half=self.half_export)
-        changes = self.start.changes() + autoencoder_changes(self.parts.autoencoder)
+        changes = self.start.changes() + autoencoder_changes(
+            self.parts.autoencoder, decoder_trained=self.decoder_trained
+        )
         write_notice(directory, changes)

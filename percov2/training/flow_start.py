@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 
-from percov2.components import load_component, read_index
+from percov2.analysis.autoencoder import Autoencoder
+from percov2.components import load_autoencoder, load_component, read_index
 from percov2.messages import one_line
 from percov2.synthesis.flow_transformer import extend_patch_embedding
 from percov2.synthesis.text_conditioner import (
@@ -19,6 +20,7 @@ from percov2.synthesis.text_conditioner import (
     tiny_text_conditioner,
     train_clip_tokenizer,
 )
+from percov2.training.checkpointing import shapes_of
 from percov2.training.hub import local_copy
 from percov2.training.notice import read_changes
 
@@ -50,6 +52,10 @@ class FlowStart(ABC):
         self, condition_channels: int, latent_channels: int
     ) -> SD3Transformer2DModel:
         """The transformer, already extended by the condition channels."""
+
+    @abstractmethod
+    def take_over_decoder(self, autoencoder: Autoencoder) -> None:
+        """Give stage 1's autoencoder the decoder that the flow was trained with, if it has one."""
 
     @abstractmethod
     def changes(self) -> tuple[str, ...]:
@@ -126,6 +132,9 @@ class FromScratch(FlowStart):
         torch.nn.init.zeros_(transformer.proj_out.bias)
         return extend_patch_embedding(transformer, condition_channels)
 
+    def take_over_decoder(self, autoencoder: Autoencoder) -> None:
+        """See `FlowStart.take_over_decoder`: there is none."""
+
     def changes(self) -> tuple[str, ...]:
         """See `FlowStart.changes`: nothing."""
         return ()
@@ -133,7 +142,7 @@ class FromScratch(FlowStart):
 
 @dataclass(frozen=True, kw_only=True)
 class FromModel(FlowStart):
-    """Transformer and text encoders of a percov2 model, for another rate of the same shape.
+    """Transformer, text encoders and decoder of a percov2 model, to train on or for another rate.
 
     Attributes:
         directory: a stage 2 directory.
@@ -177,6 +186,20 @@ class FromModel(FlowStart):
                 f"{latent_channels} + {condition_channels}: use a stage 1 of the same widths"
             )
         return transformer
+
+    def take_over_decoder(self, autoencoder: Autoencoder) -> None:
+        """See `FlowStart.take_over_decoder`: adversarial finetuning may have changed it.
+
+        Raises:
+            ValueError: the model's autoencoder has another architecture.
+        """
+        source = load_autoencoder(self.directory)
+        if shapes_of(source.state_dict()) != shapes_of(autoencoder.state_dict()):
+            raise ValueError(
+                f"{self.directory}: its autoencoder differs from stage 1's: use a stage 1 that was "
+                "trained with the same autoencoder"
+            )
+        autoencoder.decoder.load_state_dict(source.decoder.state_dict())
 
     def changes(self) -> tuple[str, ...]:
         """See `FlowStart.changes`: those of that model."""
@@ -235,6 +258,9 @@ class FromStableDiffusion3(FlowStart):
                 f"autoencoder has {latent_channels}: train stage 1 with this model's own"
             )
         return extend_strictly(transformer, condition_channels)
+
+    def take_over_decoder(self, autoencoder: Autoencoder) -> None:
+        """See `FlowStart.take_over_decoder`: stage 1 was trained with the published one."""
 
     def changes(self) -> tuple[str, ...]:
         """See `FlowStart.changes`."""

