@@ -45,7 +45,7 @@ from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
 from percov2.entropy.schedules import num_groups
 from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.images import check_size, read_image, to_srgb
-from percov2.inspection import describe
+from percov2.model_card import CARD_NAME, carry_texts, write_model_card
 from percov2.model_store import ModelSummary, resolve_model
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
@@ -65,6 +65,8 @@ class Codec:
         device: of the networks.
         offload: keep the flow transformer and the text encoders on the CPU while unused.
         captioner: writes the caption where `compress` is given none.
+        source: directory that the components were loaded from, whose card and notice
+            `save_pretrained` passes on.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class Codec:
         device: str | torch.device = "cpu",
         offload: bool = False,
         captioner: Captioner | None = None,
+        source: Path | None = None,
     ) -> None:
+        self._source = source
         self.config = components.config
         self.components = components
         self.summary = ModelSummary(
@@ -93,12 +97,16 @@ class Codec:
             components.transformer.to(self.device)
             components.text_conditioner.to(self.device)
         self._captions = CaptionCoder.shipped()
-        self._coder = parts.token_coder(self.config.schedule, device=self.device)
-        self._portable_coder = TokenCoder(
+        portable = TokenCoder(
             None,
             schedule=self.config.schedule,
             codebook_size=parts.quantizer.codebook_size,
         )
+        # By whether a stream is uniform.
+        self._coders = {
+            False: parts.token_coder(self.config.schedule, device=self.device),
+            True: portable,
+        }
 
     @classmethod
     def from_pretrained(
@@ -126,18 +134,38 @@ class Codec:
         torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16 or float16")
-        components = CodecComponents.load(resolve_model(model), dtype=torch_dtype)
+        directory = resolve_model(model)
+        components = CodecComponents.load(directory, dtype=torch_dtype)
         try:
-            return cls(components, device=device, offload=offload, captioner=captioner)
+            return cls(
+                components, device=device, offload=offload, captioner=captioner, source=directory
+            )
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the model directory that `from_pretrained` reads."""
+        """Write the model directory that `from_pretrained` reads, with its card and notice."""
         self.components.save(Path(directory))
+        if self._source is not None:
+            carry_texts(self._source, Path(directory))
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the model directory to the hub; returns the commit's address."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        licence: str | None = None,
+    ) -> str:
+        """Upload the model directory to the hub; returns the commit's address.
+
+        Args:
+            repo_id: ``owner/name``.
+            private: of a repository that is made now.
+            token: of the hub; None takes that of ``hf auth login``.
+            licence: SPDX-like name for the card, if the model has no card of its own; see
+                `percov2.model_card.write_model_card`.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -146,6 +174,9 @@ class Codec:
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            # A card that was edited on the hub alone stays.
+            if not api.file_exists(repo_id, CARD_NAME):
+                write_model_card(Path(folder), model=repo_id, licence=licence)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
     # -- image -> bytes ------------------------------------------------------------------------
@@ -188,18 +219,12 @@ class Codec:
         def write(steps: int, text: str) -> bytes:
             return self._write(tokens, picture.size, text, steps=steps, uniform=uniform)
 
-        data = write(steps, text)
-        if max_bytes is None or len(data) <= max_bytes:
-            return data
-        data = _largest_that_fits(write, steps, text, max_bytes)
-        described = describe(data, self.summary)
-        logger.warning(
-            "to fit %d bytes: %d of %d groups, %s",
-            max_bytes,
-            described["steps_sent"],
-            total,
-            "with caption" if described["caption"] else "no caption",
-        )
+        if max_bytes is None:
+            return write(steps, text)
+        data, kept, stored = _largest_that_fits(write, steps, text, max_bytes)
+        if (kept, stored) != (steps, text):
+            said = "with caption" if stored else "no caption"
+            logger.warning("to fit %d bytes: %d of %d groups, %s", max_bytes, kept, total, said)
         return data
 
     def truncate(self, data: bytes, *, schedule_steps: int) -> bytes:
@@ -231,8 +256,7 @@ class Codec:
         encoder = RangeEncoder()
         if caption:
             self._captions.encode(caption, encoder)
-        coder = self._portable_coder if uniform else self._coder
-        coder.write(encoder, tokens, steps=steps)
+        self._coders[uniform].write(encoder, tokens, steps=steps)
         return Stream(
             model_id=self.config.model_id,
             width=size[0],
@@ -300,7 +324,7 @@ class Codec:
         cut = allow_truncated and not is_intact(data)
         stream = self._parse(data, verify=not cut)
         caption, tokens = self._read_cut(stream) if cut else self._read(stream)
-        tokens = self._coder.fill(tokens, seed=seed)
+        tokens = self._coders[False].fill(tokens, seed=seed)
         latents = self._paint(tokens, caption, steps=steps, guidance=guidance, seed=seed)
         with torch.no_grad():
             image = self.components.tokenizer.autoencoder.decode(latents)[0]
@@ -324,7 +348,7 @@ class Codec:
         """Caption and tokens (r, c) of a stream, -1 where a group was not sent."""
         decoder = RangeDecoder(stream.payload)
         caption = self._captions.decode(decoder) if stream.has_caption else ""
-        coder = self._portable_coder if stream.uniform else self._coder
+        coder = self._coders[stream.uniform]
         rows, cols = self.summary.token_grid(stream.width, stream.height)
         return caption, coder.read(decoder, rows, cols, steps=self._steps_sent(stream))
 
@@ -332,7 +356,7 @@ class Codec:
         """What the bytes of a cut stream determine."""
         decoders = RangeDecoder(stream.payload), RangeDecoder(stream.payload, fill=0xFF)
         caption = self._read_cut_caption(decoders) if stream.has_caption else ""
-        coder = self._portable_coder if stream.uniform else self._coder
+        coder = self._coders[stream.uniform]
         rows, cols = self.summary.token_grid(stream.width, stream.height)
         tokens = coder.read_cut(decoders, rows, cols, steps=self._steps_sent(stream))
         groups = coder.groups(rows, cols)
@@ -398,8 +422,8 @@ class Codec:
 
 def _largest_that_fits(
     write: Callable[[int, str], bytes], steps: int, text: str, max_bytes: int
-) -> bytes:
-    """The stream with the most groups, then the caption, of at most ``max_bytes``.
+) -> tuple[bytes, int, str]:
+    """The stream with the most groups, then the caption, of at most ``max_bytes``; what it holds.
 
     Raises:
         ValueError: not even one group fits.
@@ -409,7 +433,7 @@ def _largest_that_fits(
         for caption in dict.fromkeys((text, "")):
             smallest = write(kept, caption)
             if len(smallest) <= max_bytes:
-                return smallest
+                return smallest, kept, caption
     raise ValueError(
         f"nothing fits in {max_bytes} bytes: the first group alone takes {len(smallest)}; allow "
         "more bytes, or use a model of a lower rate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -286,8 +287,8 @@ def test_a_file_is_its_information_and_a_few_bytes(
     grid = codec.summary.token_grid(*size)
     tokens = np.random.default_rng(seed).integers(0, 32, grid)
     if likely:
-        tokens = codec._coder.fill(np.full(grid, -1), seed=seed)
-    coder = codec._portable_coder if uniform else codec._coder
+        tokens = codec._coders[False].fill(np.full(grid, -1), seed=seed)
+    coder = codec._coders[uniform]
     total = coder.steps_total(*grid)
     steps = 1 + round(share * (total - 1))
     data = codec._write(tokens, size, caption, steps=steps, uniform=uniform)
@@ -395,7 +396,7 @@ def test_of_a_cut_file_the_groups_that_are_there_are_the_original_s(
 ) -> None:
     picture = photograph.resize((256, 256))
     data = codec.compress(picture, caption=caption, uniform=uniform)
-    tokens, groups = codec.decode_tokens(data), codec._coder.groups(16, 16)
+    tokens, groups = codec.decode_tokens(data), codec._coders[False].groups(16, 16)
     shares, refused = [], 0
     for length in range(7, len(data), 5):
         try:
@@ -526,6 +527,16 @@ def test_saved_and_reloaded_codec_decodes_the_same(
     assert np.array_equal(
         np.asarray(again.decompress(data, steps=2)), np.asarray(codec.decompress(data, steps=2))
     )
+
+
+def test_card_and_notice_go_along_with_a_saved_model(tiny_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model, source)
+    for name in ("README.md", "NOTICE"):
+        (source / name).write_text(f"the {name} of the model\n")
+    percov2.load(str(source)).save_pretrained(tmp_path / "copy")
+    for name in ("README.md", "NOTICE"):
+        assert (tmp_path / "copy" / name).read_text() == f"the {name} of the model\n"
 
 
 def test_unknown_device_and_dtype_are_refused(tiny_model: Path) -> None:
