@@ -1,6 +1,6 @@
 """What a release is made of: the wheel's content, the tag, the workflow.
 
-`.ci/check-wheel` itself, which needs a package index, runs in CI and before each release.
+`.ci/check-wheel` itself, which needs a package index, runs before each release.
 """
 
 from __future__ import annotations
