@@ -50,14 +50,13 @@ class EfficientNetLite(nn.Module):
             Five maps, at 1/2, 1/4, 1/8, 1/16 and 1/32 of the picture's resolution.
         """
         net = self.network
-        x = net._swish(net._bn0(net._conv_stem(_normalised(images))))
-        levels = [x]
-        for number, block in enumerate(net._blocks):
+        levels = [net._swish(net._bn0(net._conv_stem(_normalised(images))))]
+        # Of the same resolution, but without the stem's finest filters: it stands for no level.
+        x = net._blocks[0](levels[0])
+        for block in net._blocks[1:]:
             x = block(x)
-            # The first block widens the stem's map: kept in its stead would be a map without
-            # the stem's finest filters.
             if x.shape[2:] == levels[-1].shape[2:]:
-                levels[-1] = levels[-1] if number == 0 else x
+                levels[-1] = x
             else:
                 levels.append(x)
         return levels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +100,9 @@ class ClipScore:
         from transformers import AutoProcessor, CLIPModel
 
         self.identity = f"clip_score, {model}"
-        try:
+        with _absent_unless_loaded(f"CLIP {model}"):
             self._clip = _Clip(CLIPModel.from_pretrained(model)).to(device).eval()
             self._processor = AutoProcessor.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise AbsentError(f"CLIP {model} is not to be had ({first_line(error)})") from error
 
     def __call__(self, original: Original, restored: Tensor) -> float | None:
         """See `PairMetric`."""
@@ -134,13 +134,9 @@ class SegmentationAgreement:
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
         self.identity = f"miou, {model}"
-        try:
+        with _absent_unless_loaded(f"segmentation network {model}"):
             network = AutoModelForSemanticSegmentation.from_pretrained(model)
             self._processor = AutoImageProcessor.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise AbsentError(
-                f"segmentation network {model} is not to be had ({first_line(error)})"
-            ) from error
         self._network, self._device = network.to(device).eval(), device
 
     def segment(self, image: Tensor) -> Tensor:
@@ -167,3 +163,12 @@ class SegmentationAgreement:
                 input_format="index",
             )
         )
+
+
+@contextmanager
+def _absent_unless_loaded(what: str) -> Iterator[None]:
+    """Name what transformers raises of a model that it cannot load as the reason of absence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise AbsentError(f"{what} is not to be had ({first_line(error)})") from error

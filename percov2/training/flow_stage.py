@@ -227,17 +227,16 @@ class FlowStage(L.LightningModule):
     def _picture_loss(self, flow: Tensor, painted: Tensor, batch: Batch) -> Tensor:
         """The flow's loss, and what LPIPS and adversary say of the painted pictures."""
         loss = flow
+        if self.adversary is not None:
+            found = self.adversary(painted, image_of(batch, needed_by="adversary"))
+            for name, value in found._asdict().items():
+                self.log(f"train/{name}", value)
+            loss = self.adversary.total(flow, found)
         if self.lpips is not None:
             picture = image_of(batch, needed_by=f"lpips_weight {self.lpips_weight}")
             distance = self.lpips(painted, picture)
             self.log("train/lpips", distance)
             loss = loss + self.lpips_weight * distance
-        if self.adversary is not None:
-            found = self.adversary(painted, image_of(batch, needed_by="adversary"))
-            for name, value in found._asdict().items():
-                self.log(f"train/{name}", value)
-            # The flow's own error is weighed anew.
-            loss = loss - flow + self.adversary.total(flow, found)
         return loss
 
     def _masked_loss(self, tokens: Tensor, keys: list[str]) -> Tensor:
