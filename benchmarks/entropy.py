@@ -5,13 +5,15 @@
 For each model: bits per token of every schedule group from real payloads; the saving against
 log2(V) bits and against the zero-order entropy of the tokens of *other* pictures (``--held-out``);
 what the integers cost against the float model; seconds; and rate and PSNR of hybrid mode for every
-number of groups (``--hybrid``, which paints).
+number of groups (``--hybrid``, which paints). ``--masked var=DIR qlds=DIR`` measures further masked
+transformers, trained for other schedules, on the first model's tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,9 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import percov2
 from percov2.codec import Codec
+from percov2.components import TokenizerComponents, load_component
 from percov2.data.transforms import image_to_tensor
+from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
 from percov2.entropy.schedules import make_schedule
 from percov2.entropy.token_coder import TokenCoder, Tokens
@@ -41,10 +45,9 @@ def cross_entropy(grids: list[Tokens], others: list[Tokens], codes: int) -> floa
 
 
 @torch.no_grad()
-def float_bits(codec: Codec, grid: Tokens) -> float:
+def float_bits(model: MaskedTransformer, schedule: str, grid: Tokens) -> float:
     """Bits of a grid under the float model."""
-    model = codec.components.tokenizer.masked_transformer
-    groups = make_schedule(codec.config.schedule, *grid.shape)
+    groups = make_schedule(schedule, *grid.shape)
     order = torch.from_numpy(groups.astype(np.int64))[None]
     tokens, total = torch.from_numpy(grid)[None], 0.0
     for k in range(int(order.max()) + 1):
@@ -88,17 +91,24 @@ def coder_milliseconds(count: int = 1536, codes: int = 256) -> tuple[float, floa
     return float(encode), float(decode)
 
 
-def measure(codec: Codec, grids: list[Tokens], held_out: list[Tokens] | None) -> None:
-    """Print the rate of one model."""
-    coder = codec.components.tokenizer.token_coder(codec.config.schedule)
+def measure(
+    name: str,
+    parts: TokenizerComponents,
+    schedule: str,
+    grids: list[Tokens],
+    held_out: list[Tokens] | None,
+) -> None:
+    """Print the rate of one masked transformer."""
+    coder = parts.token_coder(schedule)
     codes, count = coder.codebook_size, sum(g.size for g in grids)
     written = (
         8 * sum(len(coder.encode(g, steps=coder.steps_total(*g.shape))) for g in grids) / count
     )
     per_group = np.mean([coder.bits_per_group(g) for g in grids], 0)
-    ideal, as_float = float(per_group.sum()), float(np.mean([float_bits(codec, g) for g in grids]))
+    model, ideal = parts.masked_transformer, float(per_group.sum())
+    as_float = float(np.mean([float_bits(model, schedule, grid) for grid in grids]))
     uniform = np.log2(codes)
-    print(f"| {codec.config.name}, {codec.config.schedule} | |\n|---|---|")
+    print(f"| {name}, {schedule} | |\n|---|---|")
     print(f"| bits per token, from bytes | {written:.3f} |")
     print(
         f"| saving against uniform ({uniform:.0f} bits) | {100 * (1 - written / uniform):.1f} % |"
@@ -140,14 +150,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--held-out", type=Path, help="other pictures, for the zero-order entropy")
     parser.add_argument("--model", nargs="+", default=["tiny", "tiny-low"])
+    parser.add_argument(
+        "--masked",
+        nargs="*",
+        default=[],
+        metavar="SCHEDULE=DIR",
+        help="of the first model's tokens",
+    )
     parser.add_argument("--hybrid", action="store_true", help="paint every number of groups too")
     args = parser.parse_args()
     encode, decode = coder_milliseconds()
     print(f"range coder alone, 1,536 symbols of 256: {encode:.1f} ms and {decode:.1f} ms\n")
     for model in args.model:
         codec = percov2.load(model)
+        parts, schedule = codec.components.tokenizer, codec.config.schedule
         held_out = None if args.held_out is None else grids_of(codec, args.held_out)
-        measure(codec, grids_of(codec, args.data), held_out)
+        grids = grids_of(codec, args.data)
+        measure(model, parts, schedule, grids, held_out)
+        for other in args.masked if model == args.model[0] else ():
+            schedule, _, folder = other.partition("=")
+            trained = load_component(MaskedTransformer, Path(folder), "masked_transformer")
+            trained_parts = replace(parts, masked_transformer=trained)
+            measure(folder, trained_parts, schedule, grids, held_out)
         if args.hybrid:
             hybrid(codec, args.data)
 

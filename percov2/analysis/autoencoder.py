@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from percov2.analysis.refiner import Refiner
 from percov2.layers import ResidualBlock, zeroed
 from percov2.model_store import PATCH
 
@@ -31,6 +32,16 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def decoder(self) -> nn.Module:
         """The weights of `decode` that finetuning may change without touching `encode`."""
+
+    def add_refiner(self, width: int) -> None:
+        """Make a `Refiner` part of the decoder, if it has none yet.
+
+        Raises:
+            ValueError: it has one of another width, or this kind takes none.
+        """
+        raise ValueError(
+            f"refiner_width is {width}: only the light autoencoder takes a refiner; set it to 0"
+        )
 
     @abstractmethod
     def encode(self, image: Tensor) -> Tensor:
@@ -121,16 +132,24 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         width: channels of the residual networks.
         encoder_blocks: residual blocks before the latents.
         decoder_blocks: residual blocks after the latents.
+        refiner_width: channels of `Refiner` at half the resolution; 0 leaves it out.
     """
 
     config: Any
     mean: Tensor
     components: Tensor
     scale: Tensor
+    refiner: Refiner | None
 
     @register_to_config
     def __init__(
-        self, *, latent_channels: int, width: int, encoder_blocks: int, decoder_blocks: int
+        self,
+        *,
+        latent_channels: int,
+        width: int,
+        encoder_blocks: int,
+        decoder_blocks: int,
+        refiner_width: int = 0,
     ) -> None:
         super().__init__()
         dim = 3 * PATCH * PATCH
@@ -139,6 +158,7 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         self.register_buffer("scale", torch.ones(latent_channels))
         self.encoder_residual = _residual_net(dim, width, encoder_blocks, latent_channels)
         self.decoder_residual = _residual_net(latent_channels, width, decoder_blocks, dim)
+        self.refiner = Refiner(latent_channels, refiner_width) if refiner_width else None
 
     @property
     def latent_channels(self) -> int:
@@ -147,8 +167,22 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
 
     @property
     def decoder(self) -> nn.Module:
-        """See `Autoencoder.decoder`: the residual; the components serve both directions."""
-        return self.decoder_residual
+        """See `Autoencoder.decoder`: all but the components, which serve both directions."""
+        parts: dict[str, nn.Module] = {"residual": self.decoder_residual}
+        if self.refiner is not None:
+            parts["refiner"] = self.refiner
+        return nn.ModuleDict(parts)
+
+    def add_refiner(self, width: int) -> None:
+        """See `Autoencoder.add_refiner`."""
+        if self.refiner is None:
+            self.refiner = Refiner(self.latent_channels, width)
+            self.register_to_config(refiner_width=width)  # type: ignore[operator]
+        elif self.config.refiner_width != width:
+            raise ValueError(
+                f"refiner_width is {width}, this autoencoder's is {self.config.refiner_width}: "
+                "use the same, or start from a model without a refiner"
+            )
 
     def encode(self, image: Tensor) -> Tensor:
         """See `Autoencoder.encode`."""
@@ -163,7 +197,8 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         components = latents * self.scale[:, None, None]
         patches = torch.einsum("bchw,cp->bphw", components, self.components)
         patches = patches + self.mean[:, None, None] + self.decoder_residual(latents)
-        return nn.functional.pixel_shuffle(patches, PATCH)
+        picture = nn.functional.pixel_shuffle(patches, PATCH)
+        return picture if self.refiner is None else self.refiner(latents, picture)
 
     @torch.no_grad()
     def fit_principal_components(self, images: list[Tensor]) -> None:

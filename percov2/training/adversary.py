@@ -5,7 +5,9 @@ pictures are as sharp as photographs. Judged in the features of an ImageNet netw
 discriminator that learns there too, it can paint in one step: "Projected GANs converge faster"
 (Sauer et al., NeurIPS 2021), applied to a student of the sampling grid as in "Adversarial
 diffusion distillation" (Sauer et al., ECCV 2024), without a teacher: the tokens say enough of the
-picture for the original to serve as the target.
+picture for the original to serve as the target. Features are compared by their local statistics,
+"Wasserstein distortion" (Qiu et al., 2023): texture has to be as strong as the original's at its
+place, not the same leaf by leaf, which no file of this size could tell.
 
 Shape legend: B batch, H and W rows and columns of pixels.
 """
@@ -25,13 +27,21 @@ from percov2.training.optimization import Optimization
 LEVEL_CHANNELS = (32, 24, 40, 112, 320)
 """Channels of EfficientNet-Lite0's maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the resolution."""
 
+WINDOW = 16
+"""Rows and columns of pixels in which features are compared by their statistics."""
+
+PERIOD = 16
+"""Pixels of the coarsest patch that a network puts out: a transformer's, of 2x2 latents."""
+
 
 class AdversarialLosses(NamedTuple):
     """Losses of a step, each a scalar.
 
     Attributes:
         pixels: mean squared difference of the pixels, to be lowered by the painter.
-        features: mean absolute difference of standardised features, to be lowered by the painter.
+        pattern: `pattern_distance`, to be lowered by the painter.
+        features: Wasserstein distortion of standardised features, to be lowered by the painter:
+            squared differences of means and standard deviations in overlapping windows.
         realism: minus the discriminator's opinion of the painted pictures, to be lowered by the
             painter; has no gradient to the discriminator.
         discriminator: hinge loss, to be lowered by the discriminator; has no gradient to the
@@ -39,6 +49,7 @@ class AdversarialLosses(NamedTuple):
     """
 
     pixels: Tensor
+    pattern: Tensor
     features: Tensor
     realism: Tensor
     discriminator: Tensor
@@ -51,16 +62,19 @@ class Adversary(nn.Module):
         steps: sampling steps that the flow learns to paint in; training times are their grid's.
         flow_weight: of the flow's own squared error of the latents.
         pixel_weight: of the squared error of the pixels, in [-1, 1].
+        pattern_weight: of `AdversarialLosses.pattern`.
         feature_weight: of `AdversarialLosses.features`.
         realism_weight: of `AdversarialLosses.realism`.
         optimization: of the discriminator.
         train_decoder: whether the autoencoder's decoder learns too. A light autoencoder blurs
             even the originals; no latents that a flow could paint would then look sharp.
+        refiner_width: of a `percov2.analysis.refiner.Refiner` that the light autoencoder's decoder
+            gets, if it has none; 0 adds none.
         channels: of a head, at most.
 
     Raises:
-        ValueError: EfficientNet-Lite0's packages are not installed; steps < 1, or a negative
-            weight.
+        ValueError: EfficientNet-Lite0's packages are not installed; steps < 1, a negative weight,
+            or a refiner for a decoder that does not learn.
     """
 
     def __init__(
@@ -69,21 +83,30 @@ class Adversary(nn.Module):
         steps: int,
         flow_weight: float,
         pixel_weight: float,
+        pattern_weight: float,
         feature_weight: float,
         realism_weight: float,
         optimization: Optimization,
         train_decoder: bool,
+        refiner_width: int = 0,
         channels: int = 64,
     ) -> None:
         super().__init__()
-        weights = (flow_weight, pixel_weight, feature_weight, realism_weight)
+        weights = (flow_weight, pixel_weight, pattern_weight, feature_weight, realism_weight)
         if steps < 1 or min(weights) < 0:
             raise ValueError(
-                f"steps is {steps} and must be at least 1; flow, pixel, feature and realism "
-                f"weights are {weights} and must not be negative"
+                f"steps is {steps} and must be at least 1; flow, pixel, pattern, feature and "
+                f"realism weights are {weights} and must not be negative"
             )
+        if refiner_width and not train_decoder:
+            raise ValueError(
+                f"refiner_width is {refiner_width} and train_decoder false: a refiner that does "
+                "not learn does nothing; set train_decoder true"
+            )
+        self.refiner_width = refiner_width
         self.steps, self.optimization, self.train_decoder = steps, optimization, train_decoder
         self.flow_weight, self.pixel_weight = flow_weight, pixel_weight
+        self.pattern_weight = pattern_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
         self.heads = nn.ModuleList(_head(n, min(n, channels)) for n in LEVEL_CHANNELS)
         try:
@@ -95,8 +118,8 @@ class Adversary(nn.Module):
     def forward(self, painted: Tensor, original: Tensor) -> AdversarialLosses:
         """Pictures (B, 3, H, W) in [-1, 1] to the losses; gradients as `AdversarialLosses` says."""
         with torch.no_grad():
-            real = self._features(original)
-        fake = self._features(painted)
+            real = [_edges(original), *self._features(original)]
+        fake = [_edges(painted), *self._features(painted)]
         # In units of the batch's originals: no level, and no channel, drowns the others.
         moments = [torch.std_mean(level, dim=(0, 2, 3), keepdim=True) for level in real]
         real, fake = (
@@ -106,14 +129,16 @@ class Adversary(nn.Module):
             ]
             for levels in (real, fake)
         )
-        pairs = list(zip(fake, real, strict=True))
+        features = wasserstein_distortion(fake, real)
+        real, fake = real[1:], fake[1:]
         self.heads.requires_grad_(False)
         realism = -torch.stack([opinion.mean() for opinion in self._opinions(fake)]).mean()
         self.heads.requires_grad_(True)
         detached = [level.detach() for level in fake]
         return AdversarialLosses(
             pixels=F.mse_loss(painted, original),
-            features=torch.stack([F.l1_loss(one, other) for one, other in pairs]).mean(),
+            pattern=pattern_distance(painted, original),
+            features=features,
             realism=realism,
             discriminator=self._hinge(real, 1) + self._hinge(detached, -1),
         )
@@ -128,6 +153,7 @@ class Adversary(nn.Module):
         return (
             self.flow_weight * flow
             + self.pixel_weight * losses.pixels
+            + self.pattern_weight * losses.pattern
             + self.feature_weight * losses.features
             + self.realism_weight * losses.realism
             + losses.discriminator
@@ -144,6 +170,69 @@ class Adversary(nn.Module):
     def _hinge(self, levels: list[Tensor], sign: int) -> Tensor:
         """Hinge loss (Lim and Ye, 2017) of pictures that should be called sign * 1."""
         return torch.stack([F.relu(1 - sign * x).mean() for x in self._opinions(levels)]).mean()
+
+
+def wasserstein_distortion(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """Mean squared difference of local means and standard deviations, a scalar.
+
+    Args:
+        a: maps (B, K, H / s, W / s) of halving resolution, s = 1, 2, 4 ...; where a window is a
+            single cell, the maps themselves are compared.
+        b: maps of the same shapes.
+    """
+    distances = []
+    for level, (one, other) in enumerate(zip(a, b, strict=True)):
+        cells = WINDOW >> level
+        if cells < 2:
+            distances.append(F.mse_loss(one, other))
+            continue
+        means, deviations = zip(*(_local_moments(x, cells) for x in (one, other)), strict=True)
+        distances.append(F.mse_loss(*means) + F.mse_loss(*deviations))
+    return torch.stack(distances).mean()
+
+
+def _local_moments(level: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation in windows of cells x cells that overlap by half."""
+    mean = F.avg_pool2d(level, cells, stride=cells // 2)
+    variance = F.avg_pool2d(level.square(), cells, stride=cells // 2) - mean.square()
+    # The root's slope has no bound at zero.
+    return mean, (variance.clamp_min(0) + 1e-2).sqrt()
+
+
+def pattern_distance(painted: Tensor, original: Tensor) -> Tensor:
+    """What repeats from patch to patch in pictures (B, 3, H, W), a scalar.
+
+    Networks that put out patches find texture most easily in a pattern that they repeat in every
+    patch, which the statistics of features hardly tell from texture. Photographs have none: the
+    mean of the patches of a neighbourhood is nearly flat. Compared are these means, in units of
+    the detail that the original has in the neighbourhood, since a pattern is seen where there is
+    none.
+    """
+    (found, _), (wanted, detail) = _repeated(painted), _repeated(original)
+    return ((found - wanted).square().mean(1, keepdim=True) / (detail + 1e-3)).mean()
+
+
+def _repeated(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and mean square, over neighbouring patches of deviations from the patch's mean."""
+    patches = F.pixel_unshuffle(pictures, PERIOD)
+    patches = patches.view(len(pictures), 3, PERIOD**2, *patches.shape[2:])
+    deviations = (patches - patches.mean(2, keepdim=True)).flatten(1, 2)
+    near = min(5, *deviations.shape[2:])
+    means, squares = (
+        F.avg_pool2d(x, near, stride=max(1, near // 2))
+        for x in (deviations, deviations.square().mean(1, keepdim=True))
+    )
+    return means, squares
+
+
+def _edges(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) and their differences across and down, (B, 9, H, W).
+
+    The network's first layer halves the resolution: it does not see the finest of the detail.
+    """
+    across = F.pad(pictures.diff(dim=3), (0, 1))
+    down = F.pad(pictures.diff(dim=2), (0, 0, 0, 1))
+    return torch.cat([pictures, across, down], 1)
 
 
 def _head(channels_in: int, channels: int) -> nn.Sequential:

