@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 step``, ``4 steps``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message; its type's name if there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

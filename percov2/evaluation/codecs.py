@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from percov2.codec import Codec
 from percov2.inspection import describe, png_metadata
+from percov2.messages import counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,19 @@ class Encoded:
     other_seconds: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Details:
+    """What a codec tells of a file.
+
+    Attributes:
+        columns: more columns of the table, by name.
+        metadata: text to be written into the reconstruction's PNG.
+    """
+
+    columns: dict[str, float] = field(default_factory=dict)
+    metadata: PngInfo | None = None
+
+
 class Candidate(ABC):
     """A codec with its setting.
 
@@ -93,13 +107,9 @@ class Candidate(ABC):
                 know it; it is given to them free of charge.
         """
 
-    def details(self, data: bytes) -> dict[str, float]:
-        """More columns of the table for a file, by name."""
-        return {}
-
-    def metadata(self, data: bytes) -> PngInfo | None:
-        """Text to be written into the reconstruction's PNG."""
-        return None
+    def details(self, data: bytes) -> Details:
+        """What there is to tell of a file."""
+        return Details()
 
 
 def make_slug(*parts: str) -> str:
@@ -130,7 +140,7 @@ class PercoCandidate(Candidate):
             codec=self.stream,
             family="percov2",
             setting={"steps": self.steps, "guidance": self.guidance},
-            label=f"{self.stream}, {self.steps} steps"
+            label=f"{self.stream}, {counted(self.steps, 'step')}"
             + (f", guidance {guidance:g}" if guidance is not None else ""),
             slug=make_slug("percov2", config.name, str(self.steps), *chosen),
             suffix=".pcv2",
@@ -143,26 +153,22 @@ class PercoCandidate(Candidate):
         data = self.codec.compress(image, caption=caption if self.store_captions else "")
         return Encoded(data=data)
 
-    def details(self, data: bytes) -> dict[str, float]:
-        """Where a stream's bytes go, and what the entropy model saves."""
+    def details(self, data: bytes) -> Details:
+        """Where a stream's bytes go, what the entropy model saves, and PNG's text chunks."""
         described = describe(data, self.codec.summary)
         rows, cols = self.codec.summary.token_grid(described["width"], described["height"])
         codes = self.codec.components.tokenizer.quantizer.codebook_size
         uniform_bytes = rows * cols * math.log2(codes) / 8
-        sizes = described["bytes"]
-        return {
+        sizes, chunks = described["bytes"], PngInfo()
+        for key, text in png_metadata(described).items():
+            chunks.add_text(key, text)
+        columns = {
             "header_bytes": sizes["header"],
             "caption_bytes": sizes["caption"],
             "token_bytes": sizes["tokens"],
             "token_saving_against_uniform": 1 - sizes["tokens"] / uniform_bytes,
         }
-
-    def metadata(self, data: bytes) -> PngInfo:
-        """Text chunks for the reconstruction, as `percov2 decompress` writes them."""
-        chunks = PngInfo()
-        for key, text in png_metadata(describe(data, self.codec.summary)).items():
-            chunks.add_text(key, text)
-        return chunks
+        return Details(columns=columns, metadata=chunks)
 
     def decode(self, data: bytes, size: tuple[int, int]) -> Image.Image:
         """See `Candidate`."""

@@ -209,8 +209,9 @@ class Runner:
                 f"{image.width}x{image.height}"
             )
         picture = self._path("pictures", candidate.info.slug, item, ".png")
-        _write_png(picture, restored, candidate.metadata(data))
-        values = {**values, **candidate.details(data), "decode_seconds": seconds}
+        details = candidate.details(data)
+        _write_png(picture, restored, details.metadata)
+        values = {**values, **details.columns, "decode_seconds": seconds}
         return values, restored
 
     def _encode(self, candidate: Candidate, item: Item, image: Image.Image) -> tuple[bytes, Record]:

@@ -214,7 +214,8 @@ def pattern_distance(painted: Tensor, original: Tensor) -> Tensor:
 
 def _repeated(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Mean, and mean square, over neighbouring patches of deviations from the patch's mean."""
-    patches = F.pixel_unshuffle(pictures, PERIOD)
+    rows, cols = (side // PERIOD * PERIOD for side in pictures.shape[2:])
+    patches = F.pixel_unshuffle(pictures[..., :rows, :cols], PERIOD)
     patches = patches.view(len(pictures), 3, PERIOD**2, *patches.shape[2:])
     deviations = (patches - patches.mean(2, keepdim=True)).flatten(1, 2)
     near = min(5, *deviations.shape[2:])

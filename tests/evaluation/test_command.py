@@ -31,7 +31,7 @@ def test_a_run(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     more = ["--steps", "1,2", "--guidance", "1", "--competitors", "webp,jpeg", "--codec", external]
     assert main([*options, *more, "--rates", "same,2x", "--captions", str(captions)]) == 0
     shown = capsys.readouterr().out
-    assert "percov2 test, 1 steps, guidance 1" in shown
+    assert "percov2 test, 1 step, guidance 1" in shown
     assert "WebP, 2x the bytes of percov2 test" in shown
     assert "times the codec calls" in shown
     results = json.loads((tmp_path / "out" / "results.json").read_text())

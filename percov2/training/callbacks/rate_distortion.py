@@ -18,6 +18,7 @@ from percov2.codec import Codec, check_sampling
 from percov2.contact_sheet import contact_sheet
 from percov2.data.samples import Batch
 from percov2.data.transforms import image_to_tensor, tensor_to_image
+from percov2.messages import counted
 from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
 from percov2.training.autoencoder_stage import psnr
 from percov2.training.batches import image_of
@@ -153,7 +154,7 @@ class RateDistortionSamples(ValidationMonitor):
             writer, step = self.writer(trainer), trainer.global_step
             sheet = np.asarray(contact_sheet(self._rows, font_size=_FONT_SIZE))
             writer.add_image("samples/contact_sheet", sheet, step, dataformats="HWC")
-            made = f"{self.steps[0]} steps" if isinstance(stage, FlowStage) else "prediction"
+            made = counted(self.steps[0], "step") if isinstance(stage, FlowStage) else "prediction"
             figure = scatter(points, title=f"step {step}: {len(points)} images, {made}")
             writer.add_figure("samples/rate_distortion", figure, step)
             means = zip(("bytes", "bpp", "psnr"), points.mean(0).tolist(), strict=True)
@@ -223,11 +224,11 @@ def decode_all(
         return Restored(picture=picture, label=label, size=len(data), psnr=distance)
 
     data = codec.compress(original, caption=caption)
-    made = [restored(data, count, f"{count} steps") for count in steps]
+    made = [restored(data, count, counted(count, "step")) for count in steps]
     total = codec.summary.steps_total(*original.size)
     if hybrid and total > 1:
         data = codec.compress(original, caption=caption, schedule_steps=total // 2)
-        label = f"{total // 2} of {total} groups, {steps[-1]} steps"
+        label = f"{total // 2} of {total} groups, {counted(steps[-1], 'step')}"
         made.append(restored(data, steps[-1], label))
     return made
 

@@ -195,7 +195,7 @@ def test_captions_of_the_sheet_carry_real_bytes(tiny_model: Path, photograph: Im
     half = codec.compress(photograph, caption="a cat", schedule_steps=total // 2)
     assert len(half) < len(whole)
     assert [one.label for one in made] == [
-        "1 steps",
+        "1 step",
         "3 steps",
         f"{total // 2} of {total} groups, 3 steps",
     ]
