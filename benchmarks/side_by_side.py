@@ -8,37 +8,35 @@ the output of ``percov2 evaluate``; the slugs and names are those of its ``image
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from pathlib import Path
 
 from PIL import Image
 
 from percov2.contact_sheet import contact_sheet
+from percov2.evaluation.report_data import Results, read_results
 
 Cell = tuple[Image.Image, str]
 
 
-def cells_of(run: Path, codecs: list[str], name: str) -> list[Cell]:
+def cells_of(results: Results, slugs: list[str], name: str) -> list[Cell]:
     """The original and the codecs' pictures, each with its text.
 
     Raises:
         ValueError: the run has no such picture, or not of every codec.
     """
-    labels = {
-        codec["slug"]: codec["label"]
-        for codec in json.loads((run / "results.json").read_text(encoding="utf-8"))["codecs"]
-    }
-    with (run / "images.csv").open(newline="", encoding="utf-8") as file:
-        rows = {row["slug"]: row for row in csv.DictReader(file) if row["image"] == name}
-    if missing := [slug for slug in codecs if slug not in rows]:
-        raise ValueError(f"{run} has no {name} of {', '.join(missing)}; it has {', '.join(rows)}")
-    original = Image.open(run / "pictures" / "original" / f"{name}.png")
+    codecs = {codec.slug: codec for codec in results.codecs if name in codec.names}
+    if missing := [slug for slug in slugs if slug not in codecs]:
+        raise ValueError(f"no {name} of {', '.join(missing)}; there is that of {', '.join(codecs)}")
+    path = results.original(name)
+    if path is None:
+        raise ValueError(f"the original {name} was not kept: evaluate it again")
+    original = Image.open(path)
     cells = [(original, f"{name}: original, {original.width}x{original.height}")]
-    for slug in codecs:
-        picture = Image.open(run / "pictures" / slug / f"{name}.png")
-        text = f"{labels[slug]}\n{rows[slug]['bytes']} bytes, {float(rows[slug]['bpp']):.4f} bpp"
-        cells.append((picture, text))
+    for codec in (codecs[slug] for slug in slugs):
+        row = codec.names.index(name)
+        size, bpp = codec.columns["bytes"][row], codec.columns["bpp"][row]
+        text = f"{codec.label}\n{size:.0f} bytes, {bpp:.4f} bpp"
+        cells.append((Image.open(codec.picture(name)), text))
     return cells
 
 
@@ -51,7 +49,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--quality", type=int, default=88, help="of a JPEG")
     options = parser.parse_args()
-    rows = [cells_of(options.run, options.codecs, name) for name in options.images]
+    results = read_results(options.run)
+    rows = [cells_of(results, options.codecs, name) for name in options.images]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows).save(options.output, quality=options.quality)
 

@@ -33,6 +33,11 @@ class Autoencoder(nn.Module, ABC):
     def decoder(self) -> nn.Module:
         """The weights of `decode` that finetuning may change without touching `encode`."""
 
+    @property
+    def refiner_width(self) -> int:
+        """Of the decoder's `Refiner`; 0 without one."""
+        return 0
+
     def add_refiner(self, width: int) -> None:
         """Make a `Refiner` part of the decoder, if it has none yet.
 
@@ -173,14 +178,19 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
             parts["refiner"] = self.refiner
         return nn.ModuleDict(parts)
 
+    @property
+    def refiner_width(self) -> int:
+        """See `Autoencoder.refiner_width`."""
+        return int(self.config.refiner_width)
+
     def add_refiner(self, width: int) -> None:
         """See `Autoencoder.add_refiner`."""
         if self.refiner is None:
             self.refiner = Refiner(self.latent_channels, width)
             self.register_to_config(refiner_width=width)  # type: ignore[operator]
-        elif self.config.refiner_width != width:
+        elif self.refiner_width != width:
             raise ValueError(
-                f"refiner_width is {width}, this autoencoder's is {self.config.refiner_width}: "
+                f"refiner_width is {width}, this autoencoder's is {self.refiner_width}: "
                 "use the same, or start from a model without a refiner"
             )
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from percov2.evaluation.report_curves import Curve, Metric
+from percov2.messages import counted
 
 MIN_POINTS = 4
 CONFIDENCE = 0.95
@@ -195,7 +196,7 @@ def _single(points: tuple[ArrayLike, ArrayLike], label: str) -> _Curves:
 
 def _check_points(count: int, label: str) -> None:
     if count < MIN_POINTS:
-        points = "1 point" if count == 1 else f"{count} points"
+        points = counted(count, "point")
         raise NotComparableError(f"{label} has {points}, the method needs {MIN_POINTS}")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from percov2.evaluation.bd_rate import CONFIDENCE, Delta, Interval, quality_unit
 from percov2.evaluation.report_curves import Curve, Metric, describe, metrics_of
 from percov2.evaluation.report_data import CodecResult, Results
+from percov2.messages import counted
 
 SMALLEST_MARK = "†"
 _PARTS = ("header_bytes", "caption_bytes", "token_bytes")
@@ -146,7 +147,7 @@ def _failures(codecs: Sequence[CodecResult]) -> list[str]:
         shown = [f"{f.image}: {f.error}" for f in codec.failures[:_LISTED_FAILURES]]
         if count > len(shown):
             shown.append(f"{count - len(shown)} more in results.json")
-        images = "1 image" if count == 1 else f"{count} images"
+        images = counted(count, "image")
         notes.append(f"{codec.label} failed on {images}: {'; '.join(shown)}")
     return notes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 
-from percov2.analysis.autoencoder import Autoencoder, PatchAutoencoder
+from percov2.analysis.autoencoder import Autoencoder
 from percov2.components import load_autoencoder, load_component, read_index
 from percov2.messages import one_line
 from percov2.synthesis.flow_transformer import extend_patch_embedding
@@ -194,8 +194,8 @@ class FromModel(FlowStart):
             ValueError: the model's autoencoder has another architecture.
         """
         source = load_autoencoder(self.directory)
-        if isinstance(source, PatchAutoencoder) and source.refiner is not None:
-            autoencoder.add_refiner(source.config.refiner_width)
+        if source.refiner_width:
+            autoencoder.add_refiner(source.refiner_width)
         if shapes_of(source.state_dict()) != shapes_of(autoencoder.state_dict()):
             raise ValueError(
                 f"{self.directory}: its autoencoder differs from stage 1's: use a stage 1 that was "
