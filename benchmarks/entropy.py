@@ -4,17 +4,21 @@
 
 For each model: bits per token of every schedule group from real payloads; the saving against
 log2(V) bits and against the zero-order entropy of the tokens of *other* pictures (``--held-out``);
-what the integers cost against the float model; seconds; and rate and PSNR of hybrid mode for every
-number of groups (``--hybrid``, which paints). ``--masked var=DIR qlds=DIR`` measures further masked
-transformers, trained for other schedules, on the first model's tokens.
+what the integers cost against the float model; seconds; rate and quality of hybrid mode for every
+number of groups (``--hybrid``, which paints) and of rate weights (``--rate-weights``, likewise).
+Tokens are chosen with the model's own rate weight; ``--nearest`` takes the nearest codes.
+``--nearest --masked var=DIR qlds=DIR`` measures further masked transformers, trained for other
+schedules, on the first model's tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +32,14 @@ from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
 from percov2.entropy.schedules import make_schedule
 from percov2.entropy.token_coder import TokenCoder, Tokens
+from percov2.evaluation.pixel_metrics import gradient_energy
 from percov2.files import list_images
 from percov2.images import read_image
 
 
-def grids_of(codec: Codec, folder: Path) -> list[Tokens]:
+def grids_of(codec: Codec, folder: Path, rate_weight: float | None) -> list[Tokens]:
     """Tokens of all pictures of a folder."""
-    return [codec.encode_tokens(path) for path in list_images(folder)]
+    return [codec.encode_tokens(path, rate_weight=rate_weight) for path in list_images(folder)]
 
 
 def cross_entropy(grids: list[Tokens], others: list[Tokens], codes: int) -> float:
@@ -126,22 +131,50 @@ def measure(
     print(f"| bits per token of each group | {rates} |\n")
 
 
-def hybrid(codec: Codec, folder: Path) -> None:
-    """Print rate and PSNR for every number of groups sent."""
-    print(f"| {codec.config.name}: groups sent | bytes | bpp | PSNR (dB) |\n|---|---|---|---|")
-    paths = list_images(folder)
-    total = min(codec.summary.steps_total(*read_image(path)[0].size) for path in paths)
-    for steps in range(1, total + 1):
+Points = list[tuple[str, float, float]]
+"""What was asked for, bpp and PSNR in dB."""
+
+
+def painted(codec: Codec, paths: list[Path], option: str, values: list[Any]) -> Points:
+    """Print mean rate and quality of streams for every value of an option of `compress`."""
+    cells = "bytes | bpp | PSNR (dB) | gradient energy"
+    print(f"| {codec.config.name}: {option} | {cells} |\n|---|---|---|---|---|")
+    points = []
+    for value in values:
         rows = []
         for path in paths:
             image, _ = read_image(path)
-            data = codec.compress(image, caption="", schedule_steps=steps)
-            pair = (image_to_tensor(x) / 2 + 0.5 for x in (codec.decompress(data), image))
-            psnr = float(peak_signal_noise_ratio(*pair, data_range=1.0))
-            rows.append((len(data), 8 * len(data) / (image.width * image.height), psnr))
-        size, bpp, psnr = np.mean(rows, 0)
-        print(f"| {steps} | {size:.0f} | {bpp:.4f} | {psnr:.2f} |")
+            data = codec.compress(image, caption="", **{option: value})
+            restored, original = (
+                image_to_tensor(x)[None] / 2 + 0.5 for x in (codec.decompress(data), image)
+            )
+            psnr = float(peak_signal_noise_ratio(restored, original, data_range=1.0))
+            energy = gradient_energy(restored) / gradient_energy(original)
+            rows.append((len(data), 8 * len(data) / (image.width * image.height), psnr, energy))
+        size, bpp, psnr, energy = np.mean(rows, 0)
+        print(f"| {value:g} | {size:.0f} | {bpp:.4f} | {psnr:.2f} | {energy:.2f} |", flush=True)
+        points.append((f"{value:g}", float(bpp), float(psnr)))
     print()
+    return points
+
+
+def draw(curves: dict[str, Points], path: Path) -> None:
+    """Rate against PSNR, each point with its value."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (label, points), marker in zip(curves.items(), itertools.cycle("osD^v<>p"), strict=False):
+        rates, psnr = [p[1] for p in points], [p[2] for p in points]
+        axes.plot(rates, psnr, marker=marker, label=label)
+        for text, x, y in points:
+            axes.annotate(text, (x, y), (4, -10), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("bits per pixel")
+    axes.set_ylabel("PSNR (dB)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -157,23 +190,43 @@ def main() -> None:
         metavar="SCHEDULE=DIR",
         help="of the first model's tokens",
     )
+    parser.add_argument("--nearest", action="store_true", help="take the nearest codes")
     parser.add_argument("--hybrid", action="store_true", help="paint every number of groups too")
+    parser.add_argument(
+        "--rate-weights", nargs="*", type=float, default=[], metavar="W", help="paint with each"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="rate and PSNR of the painted")
     args = parser.parse_args()
+    if args.masked and not args.nearest:
+        parser.error("--masked needs --nearest: other tokens were chosen for the model's own rates")
+    if args.plot and not (args.hybrid or args.rate_weights):
+        parser.error("--plot needs --hybrid or --rate-weights: nothing is painted")
     encode, decode = coder_milliseconds()
     print(f"range coder alone, 1,536 symbols of 256: {encode:.1f} ms and {decode:.1f} ms\n")
+    curves: dict[str, Points] = {}
     for model in args.model:
         codec = percov2.load(model)
         parts, schedule = codec.components.tokenizer, codec.config.schedule
-        held_out = None if args.held_out is None else grids_of(codec, args.held_out)
-        grids = grids_of(codec, args.data)
+        weight = 0.0 if args.nearest else None
+        held_out = None if args.held_out is None else grids_of(codec, args.held_out, weight)
+        grids = grids_of(codec, args.data, weight)
         measure(model, parts, schedule, grids, held_out)
         for other in args.masked if model == args.model[0] else ():
             schedule, _, folder = other.partition("=")
             trained = load_component(MaskedTransformer, Path(folder), "masked_transformer")
             trained_parts = replace(parts, masked_transformer=trained)
             measure(folder, trained_parts, schedule, grids, held_out)
+        paths = list_images(args.data)
         if args.hybrid:
-            hybrid(codec, args.data)
+            total = min(codec.summary.steps_total(*read_image(path)[0].size) for path in paths)
+            steps = list(range(1, total + 1))
+            curves[f"{model}, groups sent"] = painted(codec, paths, "schedule_steps", steps)
+        if args.rate_weights:
+            curves[f"{model}, rate weight"] = painted(
+                codec, paths, "rate_weight", args.rate_weights
+            )
+    if args.plot:
+        draw(curves, args.plot)
 
 
 if __name__ == "__main__":

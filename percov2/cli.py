@@ -120,7 +120,15 @@ def _add_compress(commands: Any) -> None:
         "--max-bytes",
         type=int,
         metavar="N",
-        help="the file's largest size: leaves out the caption, then groups, until it fits",
+        help="the file's largest size: leaves out the caption, chooses cheaper tokens, then "
+        "leaves out groups, until it fits",
+    )
+    parser.add_argument(
+        "--rate-weight",
+        type=float,
+        metavar="W",
+        help="how much similarity a bit is worth in the choice of a token; 0 takes the nearest "
+        "code; with --max-bytes the first one tried (default: the model's)",
     )
     parser.add_argument(
         "--entropy",
@@ -199,6 +207,7 @@ def _compress(args: argparse.Namespace) -> int:
             source,
             schedule_steps=args.schedule_steps,
             max_bytes=args.max_bytes,
+            rate_weight=args.rate_weight,
             uniform=args.entropy == "uniform",
         )
         with atomic_path(target) as temporary:

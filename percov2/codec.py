@@ -9,11 +9,13 @@ latents         autoencoder                 tokens          token coder + masked
   v                                           v             (groups not sent are sampled)
 features        hyper-encoder               features        quantiser's codebook
   v                                           v
-tokens          vector quantiser            condition       latent decoder     caption -> text
+tokens          quantiser's codes, chosen   condition       latent decoder     caption -> text
   v                                           v                                   |
-bytes           token coder + masked        latents         flow transformer <----+
-                transformer; caption          v             from the source, Euler steps
-                coder; container            image           autoencoder, cropped
+  |             by nearness and bits        latents         flow transformer <----+
+  v                                           v             from the source, Euler steps
+bytes           token coder + masked        image           autoencoder, cropped
+                transformer; caption
+                coder; container
 ```
 
 Shape legend: B = 1, H and W padded image rows and columns in pixels, h = H / 8 and w = W / 8
@@ -24,8 +26,9 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,12 @@ from percov2.data.transforms import image_to_tensor, tensor_to_image
 from percov2.entropy.caption_coder import CaptionCoder
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
 from percov2.entropy.schedules import num_groups
+from percov2.entropy.token_choice import check_rate_weight
 from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.images import check_size, read_image, to_srgb
 from percov2.model_card import CARD_NAME, carry_texts, write_model_card
 from percov2.model_store import ModelSummary, resolve_model
+from percov2.rate_control import Content, first_that_fits
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
 from percov2.synthesis.sampler import Velocity, guided, sample, tiled
@@ -188,6 +193,7 @@ class Codec:
         caption: str | None = None,
         schedule_steps: int | None = None,
         max_bytes: int | None = None,
+        rate_weight: float | None = None,
         uniform: bool = False,
     ) -> bytes:
         """Photograph to the bytes of a `.pcv2` file. The same input gives the same bytes.
@@ -197,14 +203,23 @@ class Codec:
             caption: text to store; None asks the captioner, "" stores none.
             schedule_steps: send only the first so many token groups; the decoder invents the
                 rest (hybrid mode). None sends all.
-            max_bytes: the file's largest size. What does not fit is left out: first the caption,
-                then token groups from the last one on.
+            max_bytes: the file's largest size. If it does not fit, the caption is left out, then
+                tokens are chosen cheaper, then token groups are left out from the last one on;
+                see `percov2.rate_control`.
+            rate_weight: similarity that a bit is worth in the choice of a token, with
+                ``max_bytes`` the first one tried; 0 takes the nearest code, None is the model's
+                default. See `percov2.entropy.token_choice`.
             uniform: code the tokens without the masked model (portable mode): larger, and
-                decodable with the codebook alone.
+                decodable with the codebook alone. The nearest codes are taken.
 
         Raises:
-            ValueError: not an image, its size, the caption, the steps, or nothing fits.
+            ValueError: not an image, its size, the caption, the steps, the rate weight, or
+                nothing fits.
         """
+        schedule = "uniform" if uniform else self.config.schedule
+        if rate_weight is None:
+            rate_weight = 0.0 if uniform else self.config.rate_weight
+        check_rate_weight(rate_weight, schedule=schedule)
         picture = _to_picture(image)
         total = self.summary.steps_total(*picture.size)
         steps = total if schedule_steps is None else schedule_steps
@@ -214,17 +229,23 @@ class Codec:
                 f"{total} groups in model {self.config.name}, choose 1 to {total}"
             )
         text = self.captioner.caption(picture) if caption is None else caption
-        tokens = self.encode_tokens(picture)
 
-        def write(steps: int, text: str) -> bytes:
+        @lru_cache(maxsize=1)
+        def choose(weight: float) -> Tokens:
+            return self.encode_tokens(picture, rate_weight=weight)
+
+        def write(content: Content) -> bytes:
+            tokens = choose(content.rate_weight)
+            steps, text = content.steps, content.caption
             return self._write(tokens, picture.size, text, steps=steps, uniform=uniform)
 
+        wanted = Content(steps=steps, caption=text, rate_weight=rate_weight)
         if max_bytes is None:
-            return write(steps, text)
-        data, kept, stored = _largest_that_fits(write, steps, text, max_bytes)
-        if (kept, stored) != (steps, text):
-            said = "with caption" if stored else "no caption"
-            logger.warning("to fit %d bytes: %d of %d groups, %s", max_bytes, kept, total, said)
+            return write(wanted)
+        cheaper = schedule != "uniform"
+        data, content = first_that_fits(write, wanted, max_bytes, cheaper=cheaper)
+        if content != wanted:
+            logger.warning("to fit %d bytes: %s", max_bytes, content.describe(total))
         return data
 
     def truncate(self, data: bytes, *, schedule_steps: int) -> bytes:
@@ -268,12 +289,27 @@ class Codec:
         ).to_bytes()
 
     @torch.no_grad()
-    def encode_tokens(self, image: ImageInput) -> Tokens:
-        """Photograph to tokens (r, c), what `compress` entropy-codes."""
+    def encode_tokens(self, image: ImageInput, *, rate_weight: float | None = None) -> Tokens:
+        """Photograph to tokens (r, c), what `compress` entropy-codes unless it must fit a size.
+
+        Args:
+            image: see `compress`.
+            rate_weight: likewise.
+
+        Raises:
+            ValueError: not an image, its size, or the rate weight.
+        """
         parts = self.components.tokenizer
         padded = self._pad(image_to_tensor(_to_picture(image))[None]).to(self.device)
-        quantized = parts.quantizer(parts.hyper_encoder(parts.autoencoder.encode(padded)))
-        tokens: Tokens = quantized.tokens[0].cpu().numpy()
+        tokens: Tokens = (
+            parts.tokens(
+                parts.autoencoder.encode(padded),
+                schedule=self.config.schedule,
+                rate_weight=self.config.rate_weight if rate_weight is None else rate_weight,
+            )[0]
+            .cpu()
+            .numpy()
+        )
         return tokens
 
     def _pad(self, image: Tensor) -> Tensor:
@@ -418,26 +454,6 @@ class Codec:
             yield module
         finally:
             module.to("cpu")
-
-
-def _largest_that_fits(
-    write: Callable[[int, str], bytes], steps: int, text: str, max_bytes: int
-) -> tuple[bytes, int, str]:
-    """The stream with the most groups, then the caption, of at most ``max_bytes``; what it holds.
-
-    Raises:
-        ValueError: not even one group fits.
-    """
-    smallest = b""
-    for kept in range(steps, 0, -1):
-        for caption in dict.fromkeys((text, "")):
-            smallest = write(kept, caption)
-            if len(smallest) <= max_bytes:
-                return smallest, kept, caption
-    raise ValueError(
-        f"nothing fits in {max_bytes} bytes: the first group alone takes {len(smallest)}; allow "
-        "more bytes, or use a model of a lower rate"
-    )
 
 
 def _velocity(flow: Flow, transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:

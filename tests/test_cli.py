@@ -132,6 +132,15 @@ def test_a_largest_size_is_kept_and_what_was_left_out_is_told(
     assert "nothing fits in 8 bytes" in _one_line(capsys)
 
 
+def test_the_rate_weight_reaches_the_encoder(picture: Path, stream: Path, tiny_model: Path) -> None:
+    out = picture.parent / "cheap.pcv2"
+    command = ["compress", str(picture), str(out), "--model", str(tiny_model)]
+    assert main([*command, "--rate-weight", "0.1"]) == 0
+    codec = percov2.load(str(tiny_model))
+    assert out.read_bytes() == codec.compress(picture, caption="", rate_weight=0.1)
+    assert out.stat().st_size < stream.stat().st_size
+
+
 def test_portable_streams_from_the_command_line(
     picture: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from percov2.bitstream import COMMON_SIZES, BitstreamError, Stream
 from percov2.codec import Codec
 from percov2.entropy.range_coder import RangeDecoder
 from percov2.entropy.token_coder import TokenCoder
+from percov2.rate_control import MAX_RATE_WEIGHT
 from tests.tiny_codec import save_tiny
 
 
@@ -44,6 +46,40 @@ def test_forty_sizes_round_trip_exactly_in_size_and_tokens(codec: Codec) -> None
 
 def test_encoding_twice_gives_the_same_bytes(codec: Codec, photograph: Image.Image) -> None:
     assert codec.compress(photograph, caption="x") == codec.compress(photograph, caption="x")
+
+
+def test_a_rate_weight_makes_smaller_files_that_decode_to_the_tokens_chosen(
+    codec: Codec, photograph: Image.Image
+) -> None:
+    sizes = []
+    for weight in (0.0, 0.02, 0.1):
+        data = codec.compress(photograph, rate_weight=weight)
+        tokens = codec.encode_tokens(photograph, rate_weight=weight)
+        assert np.array_equal(codec.decode_tokens(data), tokens)
+        sizes.append(len(data))
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert codec.compress(photograph) == codec.compress(photograph, rate_weight=0)
+
+
+def test_the_models_own_rate_weight_holds_when_none_is_named(
+    codec: Codec, photograph: Image.Image, tmp_path: Path
+) -> None:
+    config = replace(codec.config, rate_weight=0.05)
+    replace(codec.components, config=config).save(tmp_path)
+    weighing = percov2.load(str(tmp_path))
+    assert weighing.config.model_id == codec.config.model_id, "the decoder is the same"
+    assert weighing.compress(photograph) == codec.compress(photograph, rate_weight=0.05)
+    assert weighing.compress(photograph, rate_weight=0) == codec.compress(photograph)
+    assert weighing.compress(photograph, uniform=True) == codec.compress(photograph, uniform=True)
+
+
+def test_rate_weights_that_cannot_be_are_refused(codec: Codec, photograph: Image.Image) -> None:
+    with pytest.raises(ValueError, match=r"rate_weight is -0\.1: it must be at least 0"):
+        codec.compress(photograph, rate_weight=-0.1)
+    with pytest.raises(ValueError, match=r"rate_weight is 0\.1: without the masked model"):
+        codec.compress(photograph, rate_weight=0.1, uniform=True)
+    with pytest.raises(ValueError, match=r"rate_weight is 0\.1: without the masked model"):
+        replace(codec.config, schedule="uniform", rate_weight=0.1)
 
 
 def test_decoding_twice_gives_the_same_picture(codec: Codec, photograph: Image.Image) -> None:
@@ -461,31 +497,51 @@ def test_a_file_cut_within_caption_or_first_group_says_so(
 # -- a largest size ------------------------------------------------------------------------------
 
 
-def test_the_most_groups_that_fit_are_sent(
-    codec: Codec, photograph: Image.Image, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("uniform", [False, True])
+def test_what_fits_is_sent_with_the_least_left_out(
+    codec: Codec, photograph: Image.Image, caplog: pytest.LogCaptureFixture, uniform: bool
 ) -> None:
     picture, caption = photograph.resize((160, 128)), "a dog runs along the beach"
     total = codec.summary.steps_total(160, 128)
+    weights = [0.0] if uniform else [0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16]
+    attempts = [
+        (total, caption, 0.0),
+        *((total, "", weight) for weight in weights),
+        *((steps, "", weights[-1]) for steps in range(total - 1, 0, -1)),
+    ]
     files = {
-        (steps, text): codec.compress(picture, caption=text, schedule_steps=steps)
-        for steps in range(1, total + 1)
-        for text in (caption, "")
+        (steps, text, weight): codec.compress(
+            picture,
+            caption=text,
+            schedule_steps=steps,
+            rate_weight=None if uniform else weight,
+            uniform=uniform,
+        )
+        for steps, text, weight in attempts
     }
-    largest, smallest = len(files[total, caption]), len(files[1, ""])
-    assert codec.compress(picture, caption=caption, max_bytes=largest) == files[total, caption]
-    assert caplog.text == ""
-    for most in range(smallest, largest, 3):
+    largest, smallest = len(files[attempts[0]]), len(files[attempts[-1]])
+
+    def fitted(most: int) -> bytes:
         caplog.clear()
-        data = codec.compress(picture, caption=caption, max_bytes=most)
-        fitting = {key: file for key, file in files.items() if len(file) <= most}
-        best = max(fitting, key=lambda key: (key[0], len(key[1])))
-        assert data == fitting[best]
-        told = "with caption" if best[1] else "no caption"
-        assert f"to fit {most} bytes: {best[0]} of {total} groups, {told}" in caplog.text
+        return codec.compress(picture, caption=caption, max_bytes=most, uniform=uniform)
+
+    assert fitted(largest) == files[attempts[0]]
+    assert caplog.text == ""
+    seen = set()
+    for most in range(smallest, largest, 3):
+        steps, text, weight = next(key for key in attempts if len(files[key]) <= most)
+        assert fitted(most) == files[steps, text, weight]
+        told = f"{steps} of {total} groups, no caption"
+        told += f", rate weight {weight:g}" if weight else ""
+        assert caplog.messages == [f"to fit {most} bytes: {told}"]
+        seen.add((steps, weight))
+    assert {steps for steps, _ in seen} == set(range(1, total + 1))
+    assert (len({weight for _, weight in seen}) > 1) != uniform
 
 
 def test_a_size_that_nothing_fits_in_is_refused(codec: Codec, photograph: Image.Image) -> None:
-    smallest = len(codec.compress(photograph, schedule_steps=1))
+    cheapest = codec.compress(photograph, caption="", schedule_steps=1, rate_weight=MAX_RATE_WEIGHT)
+    smallest = len(cheapest)
     message = f"nothing fits in {smallest - 1} bytes: the first group alone takes {smallest}"
     with pytest.raises(ValueError, match=message):
         codec.compress(photograph, caption="a b", max_bytes=smallest - 1)
@@ -494,8 +550,9 @@ def test_a_size_that_nothing_fits_in_is_refused(codec: Codec, photograph: Image.
 def test_a_largest_size_may_be_given_with_steps(codec: Codec, photograph: Image.Image) -> None:
     two = codec.compress(photograph, schedule_steps=2)
     assert codec.compress(photograph, schedule_steps=2, max_bytes=10**6) == two
-    one = codec.compress(photograph, schedule_steps=1)
-    assert codec.compress(photograph, schedule_steps=2, max_bytes=len(two) - 1) == one
+    cheaper = codec.compress(photograph, caption="", schedule_steps=2, rate_weight=0.01)
+    assert len(cheaper) < len(two)
+    assert codec.compress(photograph, schedule_steps=2, max_bytes=len(cheaper)) == cheaper
 
 
 # -- machines ------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         with torch.autocast(features.device.type, enabled=False):
             unit = F.normalize(projected.float(), dim=1)
             vectors = unit.movedim(1, -1)
-            tokens = self._nearest(vectors.detach())
+            tokens = self._similarity(vectors.detach()).argmax(-1)
             codes = F.embedding(tokens, self.codebook).movedim(-1, 1)
             commitment = (1 - (unit * codes).sum(1)).mean()
             straight_through = unit + (codes - unit).detach()
@@ -111,15 +111,23 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         out = self.project_out(straight_through.to(projected.dtype))
         return Quantized(features=out, tokens=tokens, commitment_loss=commitment)
 
+    @torch.no_grad()
+    def similarity(self, features: Tensor) -> Tensor:
+        """Cosine similarity of features (B, M, r, c) with every code, (B, r, c, V) in [-1, 1]."""
+        projected = self.project_in(features)
+        with torch.autocast(features.device.type, enabled=False):
+            unit = F.normalize(projected.float(), dim=1)
+            return self._similarity(unit.movedim(1, -1))
+
     def tokens_to_features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, r, c) in [0, V) to features (B, M, r, c): what the decoder starts from."""
         codes = F.embedding(tokens, self.codebook).movedim(-1, 1)
         features: Tensor = self.project_out(codes.to(self.project_out.weight.dtype))
         return features
 
-    def _nearest(self, vectors: Tensor) -> Tensor:
-        nearest: Tensor = (vectors @ self.codebook.float().T).argmax(-1)
-        return nearest
+    def _similarity(self, vectors: Tensor) -> Tensor:
+        similarity: Tensor = vectors @ self.codebook.float().T
+        return similarity
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, tokens: Tensor) -> None:

@@ -9,7 +9,7 @@ What is coded with is the integer form of this model (`integer_transformer`). It
 are the constants below, and the ranges bound the activations here too, so that both compute the
 same function up to rounding.
 Shape legend: B batch, r and c token rows and columns, V codebook size, d model width, H heads,
-n positions of a window.
+n positions of a window, M visible positions: known, or asked for.
 """
 
 from __future__ import annotations
@@ -101,19 +101,22 @@ class WindowAttention(nn.Module):
         delta_x = cols[:, None] - cols[None, :] + self.window - 1
         return self.position_bias[:, delta_y * (2 * self.window - 1) + delta_x]
 
-    def forward(self, grid: Tensor, visible: Tensor) -> Tensor:
-        """(B, r, c, d) to the same shape; only what is visible (B, r, c) is attended to."""
-        batch, rows, cols = grid.shape[:3]
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """(M, d), the visible positions of (B, r, c) in row-major order, to the same shape."""
+        batch, rows, cols = visible.shape
         windows = _Windows(rows, cols, self.window, self.offset)
-        qkv = self.qkv(grid).clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
-        qkv = windows.split(qkv)
+        qkv = self.qkv(x).clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
+        places = visible.flatten().nonzero().squeeze(1)
+        grid = qkv.new_zeros(batch * rows * cols, qkv.shape[1]).index_copy(0, places, qkv)
+        qkv = windows.split(grid.view(batch, rows, cols, -1))
         q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         # A position that nobody sees still sees itself: no row of the softmax is empty.
-        keys = windows.split(visible[..., None].to(grid))[:, None, None, :, 0] > 0
-        allowed = keys | torch.eye(q.shape[2], dtype=torch.bool, device=grid.device)
+        keys = windows.split(visible[..., None].to(x))[:, None, None, :, 0] > 0
+        allowed = keys | torch.eye(q.shape[2], dtype=torch.bool, device=x.device)
         bias = torch.where(allowed, self._bias()[None], float("-inf"))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=ATTENTION_SCALE)
-        out: Tensor = self.out(windows.join(attended.transpose(1, 2).flatten(2), batch))
+        joined = windows.join(attended.transpose(1, 2).flatten(2), batch).flatten(0, 2)
+        out: Tensor = self.out(joined[places])
         return out
 
 
@@ -125,11 +128,11 @@ class Block(nn.Module):
         self.attention = WindowAttention(dim, num_heads, window, shifted=shifted)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, grid: Tensor, visible: Tensor) -> Tensor:
-        """(B, r, c, d) to the same shape."""
-        grid = _residual(grid + self.attention(_rms_norm(grid), visible))
-        hidden = self.mlp_in(_rms_norm(grid)).clamp(0, HIDDEN_RANGE)
-        return _residual(grid + self.mlp_out(hidden))
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """(M, d), the visible positions of (B, r, c) in row-major order, to the same shape."""
+        x = _residual(x + self.attention(_rms_norm(x), visible))
+        hidden = self.mlp_in(_rms_norm(x)).clamp(0, HIDDEN_RANGE)
+        return _residual(x + self.mlp_out(hidden))
 
 
 class MaskedTransformer(ModelMixin, ConfigMixin):
@@ -190,11 +193,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
             position_bin(cols, len(cols))
         )
         content = torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding)
-        grid = _residual(content + place)
         visible = known | where
+        x = _residual(content + place)[visible]
         for block in self.blocks:
-            grid = block(grid, visible)
-        logits: Tensor = self.head(_rms_norm(grid[where]))
+            x = block(x, visible)
+        logits: Tensor = self.head(_rms_norm(x[where[visible]]))
         return logits
 
 

@@ -188,11 +188,8 @@ class EntropyStage(L.LightningModule):
 
     @torch.no_grad()
     def _frozen_tokens(self, latents: Tensor) -> Tensor:
-        """Tokens (B, r, c) without moving the codebook."""
-        self.quantizer.eval()
-        tokens: Tensor = self.quantizer(self.hyper_encoder(latents)).tokens
-        self.quantizer.train(self.training)
-        return tokens
+        """The nearest tokens (B, r, c), without moving the codebook."""
+        return self.quantizer.similarity(self.hyper_encoder(latents)).argmax(-1)
 
     def on_validation_epoch_start(self) -> None:
         """Start the histogram of held-out tokens."""

@@ -59,6 +59,8 @@ class FlowStage(L.LightningModule):
             gradient through the autoencoder's decoder; 0 spares it. The paper uses 0.1 above
             0.05 bpp.
         lpips_net: backbone of LPIPS.
+        rate_weight: with which tokens are chosen, in training and by the model's encoder; see
+            `percov2.entropy.token_choice`.
         adversary: judges the decoded estimates of the data, for a flow that is to paint in a few
             steps; training times are then those of its sampling grid.
         validation_steps: sampling steps of the validation images.
@@ -66,8 +68,8 @@ class FlowStage(L.LightningModule):
         seed: of noise, times and caption drop.
 
     Raises:
-        ValueError: parts that do not fit together, or ``cached_text`` with text encoders that are
-            to learn or do not exist yet.
+        ValueError: parts that do not fit together; ``cached_text`` with text encoders that are
+            to learn or do not exist yet; a rate weight for a tokenizer that learns.
     """
 
     def __init__(
@@ -90,12 +92,18 @@ class FlowStage(L.LightningModule):
         gradient_checkpointing: bool = False,
         lpips_weight: float = 0.0,
         lpips_net: LpipsNet = "vgg",
+        rate_weight: float = 0.0,
         adversary: Adversary | None = None,
         validation_steps: int = 4,
         half: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if rate_weight and train_tokenizer:
+            raise ValueError(
+                f"rate_weight is {rate_weight} and train_tokenizer true: gradients pass to the "
+                "nearest code only; freeze the tokenizer, or train it with rate_weight 0"
+            )
         parts = TokenizerComponents.load(tokenizer)
         self.autoencoder = parts.autoencoder.requires_grad_(False)
         trained = {"hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"}
@@ -125,6 +133,7 @@ class FlowStage(L.LightningModule):
             tiling=tiling,
             default_steps=default_steps,
             default_guidance=default_guidance,
+            rate_weight=rate_weight,
         )
         self.flow, self.optimization = flow, optimization
         self.lpips_weight = lpips_weight
@@ -162,9 +171,18 @@ class FlowStage(L.LightningModule):
     def _condition(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Latents (B, C, h, w) to tokens (B, r, c), condition (B, K, h, w) and prediction."""
         with torch.set_grad_enabled(self.train_tokenizer and torch.is_grad_enabled()):
-            quantized = self.parts.quantizer(self.parts.hyper_encoder(latents))
-            condition, prediction = self.parts.latent_decoder.condition(quantized.features)
-        return quantized.tokens, condition, prediction
+            if self.train_tokenizer:
+                quantized = self.parts.quantizer(self.parts.hyper_encoder(latents))
+                tokens, features = quantized.tokens, quantized.features
+            else:
+                tokens = self.parts.tokens(
+                    latents,
+                    schedule=self.config.schedule,
+                    rate_weight=self.config.rate_weight,
+                )
+                features = self.parts.quantizer.tokens_to_features(tokens)
+            condition, prediction = self.parts.latent_decoder.condition(features)
+        return tokens, condition, prediction
 
     def _text(self, batch: Batch, dropped: list[bool]) -> TextCondition:
         """Text of the captions, cached or computed; that of an empty caption where dropped.

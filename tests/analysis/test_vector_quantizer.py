@@ -50,6 +50,20 @@ def buffers(quantizer: VectorQuantizer) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in quantizer.named_buffers()}
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_similarity_is_what_tokens_are_chosen_by(training: bool) -> None:
+    quantizer, features = make_quantizer().train(training), make_features(1)
+    codebook = quantizer.codebook.clone()
+    similarity = quantizer.similarity(features)
+    assert torch.equal(quantizer.codebook, codebook), "only `forward` moves it"
+    assert not similarity.requires_grad
+    expected = unit_vectors(quantizer, features) @ codebook.double().numpy().T
+    np.testing.assert_allclose(similarity.flatten(0, 2).numpy(), expected, atol=1e-6)
+    assert torch.equal(similarity.argmax(-1), quantizer(features).tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert quantizer.similarity(features).dtype == torch.float32
+
+
 @torch.no_grad()
 def test_tokens_are_the_most_similar_codes() -> None:
     quantizer, features = make_quantizer().eval(), make_features(1)

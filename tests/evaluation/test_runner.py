@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,12 @@ def test_a_finetuned_painter_is_not_taken_for_the_one_before(
     same, finetuned = (Codec.from_pretrained(str(tiny_model)) for _ in range(2))
     with torch.no_grad():
         next(finetuned.components.transformer.parameters()).add_(1e-3)
-    assert finetuned.config.model_id == codec.config.model_id
-    identities = [_Perco(each).info.identity for each in (codec, same, finetuned)]
-    assert identities[0] == identities[1] != identities[2]
+    weighing = Codec(replace(codec.components, config=replace(codec.config, rate_weight=0.01)))
+    codecs = (codec, same, finetuned, weighing)
+    assert {each.config.model_id for each in codecs} == {codec.config.model_id}
+    identities = [_Perco(each).info.identity for each in codecs]
+    assert identities[0] == identities[1]
+    assert len(set(identities)) == 3
 
 
 def test_other_settings_need_another_output(codec: Codec, folder: Path, tmp_path: Path) -> None:

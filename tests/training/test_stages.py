@@ -7,19 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import percov2
 from percov2.components import TokenizerComponents
 from percov2.data.samples import Batch
+from percov2.data.transforms import image_to_tensor
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.sampler import Tiling
 from percov2.training import AutoencoderStage, EntropyStage, FlowStage
 from percov2.training.adaptation import FullFinetune
 from percov2.training.adversary import Adversary
+from percov2.training.callbacks.monitoring import tokens_of
 from percov2.training.flow_start import FlowStart, FromModel
 from percov2.training.optimization import Optimization
 from tests.tiny_codec import CODEBOOK_SIZE, save_tiny, tiny_tokenizer
@@ -96,6 +101,7 @@ def flow_stage(
     caption_dropout: float = 0.1,
     adversary: Adversary | None = None,
     start: FlowStart | None = None,
+    rate_weight: float = 0.0,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
@@ -117,6 +123,7 @@ def flow_stage(
         lpips_weight=lpips_weight,
         lpips_net="squeeze",
         adversary=adversary,
+        rate_weight=rate_weight,
     ).train()
     stage.on_train_start()
     return stage
@@ -287,6 +294,30 @@ def test_flow_stage_with_a_joint_tokenizer_trains_all(batch: Batch, tmp_path: Pa
         assert _without_gradient(stage.parts.modules()[part]) == [], part
     assert all(p.grad is None for p in stage.parts.autoencoder.parameters())
     assert not torch.equal(stage.parts.quantizer.codebook, codebook)
+
+
+def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
+    photograph: Image.Image, tmp_path: Path
+) -> None:
+    stage = flow_stage(
+        tmp_path / "start", train_tokenizer=False, from_prediction=True, rate_weight=0.1
+    )
+    stage.export(tmp_path / "model")
+    codec = percov2.load(str(tmp_path / "model"))
+    picture = photograph.crop((0, 0, 64, 64))
+    latents = stage.parts.autoencoder.encode(image_to_tensor(picture)[None])
+    tokens, condition, _ = stage._condition(latents)
+    seen = Batch(image=image_to_tensor(picture)[None], caption=[""], key=["0"])
+    assert torch.equal(tokens_of(stage.eval(), seen), tokens)
+    assert np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture))
+    assert not np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture, rate_weight=0))
+    features = stage.parts.quantizer.tokens_to_features(tokens)
+    assert torch.equal(condition, stage.parts.latent_decoder.condition(features)[0])
+
+
+def test_a_rate_weight_and_a_learning_tokenizer_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rate_weight is 0\.1 and train_tokenizer true"):
+        flow_stage(tmp_path, train_tokenizer=True, from_prediction=True, rate_weight=0.1)
 
 
 @pytest.mark.usefixtures("random_backbone")

@@ -25,7 +25,18 @@ WATCHERS = {
 }
 
 
-def watched_run(folder: Path, *, model: Path, processes: int, overlay: str | None) -> Events:
+CHOOSING = ("--model.init_args.train_tokenizer=false", "--model.init_args.rate_weight=0.05")
+"""Of a stage 2 whose tokens the frozen masked transformer has a say in."""
+
+
+def watched_run(
+    folder: Path,
+    *,
+    model: Path,
+    processes: int,
+    overlay: str | None,
+    options: tuple[str, ...] = (),
+) -> Events:
     """Four steps and two validations of a stage 2 whose tokenizer is trained too."""
     config = folder.parent / f"{folder.name}-watch.yaml"
     callbacks = [
@@ -43,7 +54,7 @@ def watched_run(folder: Path, *, model: Path, processes: int, overlay: str | Non
         steps=4,
         processes=processes,
         overlay=overlay,
-        options=[f"--config={config}"],
+        options=[f"--config={config}", *options],
     )
     return Events.read(folder / "csv" / "version_0")
 
@@ -75,6 +86,22 @@ def test_two_processes_log_what_one_logs(
     # Both processes validate on the same pictures here.
     assert uses.sum == 2 * of_one.sum
     assert all(speed > 0 for speed in two.values("throughput/images_per_s"))
+
+
+def test_tokens_are_chosen_alike_by_sharded_weights(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    one, two = (
+        watched_run(
+            tmp_path / str(processes),
+            model=tiny_model,
+            processes=processes,
+            overlay=overlay,
+            options=CHOOSING,
+        )
+        for processes, overlay in ((1, None), (2, "zero3.yaml"))
+    )
+    for tag in ("train/flow", "val/flow", "rate/token_bytes", "codebook/dead", "samples/bytes"):
+        assert two.values(tag) == pytest.approx(one.values(tag), rel=2e-3), tag
 
 
 def _count(rank: int, folder: str) -> None:

@@ -1,0 +1,63 @@
+"""What is left out of a stream, and in which order, so that it fits in a number of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+MAX_RATE_WEIGHT = 0.16
+"""Largest weight of the rate, in the choice of tokens, with which a file is made to fit."""
+_RATE_WEIGHTS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, MAX_RATE_WEIGHT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What a stream is made of.
+
+    Attributes:
+        steps: groups of tokens.
+        caption: "" is none.
+        rate_weight: with which the tokens are chosen.
+    """
+
+    steps: int
+    caption: str
+    rate_weight: float
+
+    def describe(self, total: int) -> str:
+        """For the user; ``total`` is the number of groups that there are."""
+        caption = "with caption" if self.caption else "no caption"
+        weight = f", rate weight {self.rate_weight:g}" if self.rate_weight else ""
+        return f"{self.steps} of {total} groups, {caption}{weight}"
+
+
+def first_that_fits(
+    write: Callable[[Content], bytes], wanted: Content, max_bytes: int, *, cheaper: bool
+) -> tuple[bytes, Content]:
+    """The first stream of at most ``max_bytes``, and what it is made of.
+
+    Tried are what is wanted; without caption; cheaper tokens; fewer groups. Cheaper tokens come
+    first, since a group that is not sent is invented: it costs far more fidelity for its bytes.
+
+    Args:
+        write: content to the bytes of a file.
+        wanted: the first attempt.
+        max_bytes: of the file.
+        cheaper: whether there are cheaper tokens.
+
+    Raises:
+        ValueError: not even one group fits.
+    """
+    bare = replace(wanted, caption="")
+    weights = [w for w in _RATE_WEIGHTS if w > wanted.rate_weight] if cheaper else []
+    attempts = [wanted, bare, *(replace(bare, rate_weight=w) for w in weights)]
+    attempts += [replace(attempts[-1], steps=kept) for kept in range(wanted.steps - 1, 0, -1)]
+    data = b""
+    for content in dict.fromkeys(attempts):
+        data = write(content)
+        if len(data) <= max_bytes:
+            return data, content
+    raise ValueError(
+        f"nothing fits in {max_bytes} bytes: the first group alone takes {len(data)}; allow "
+        "more bytes, or use a model of a lower rate"
+    )
