@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import percov2
-from benchmarks.kill import Setup, largest_difference
+from benchmarks.kill import Setup
 from benchmarks.kill import run as run_killed
 from percov2.training.checkpointing import latest_checkpoint
 from percov2.training.convert import main as convert
@@ -89,6 +89,22 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(value, second[key]), key
 
 
+def largest_difference(one: Path, other: Path) -> float:
+    """Of any weight that has a say.
+
+    Attention is blind to the bias of its keys: the gradient of that is rounding noise, which AdamW
+    blows up to steps of the order of the learning rate.
+    """
+    first, second = exported(one), exported(other)
+    assert first.keys() == second.keys()
+    differences = {key: (value - second[key]).abs() for key, value in first.items()}
+    for key in [key for key in differences if key.endswith("k_proj.bias")]:
+        del differences[key]
+    for key in [key for key in differences if key.endswith("attention.qkv.bias")]:
+        differences[key].view(3, -1)[1] = 0
+    return max(float(difference.max()) for difference in differences.values())
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_loss_curve_does_not_depend_on_the_strategy(runs: Runs, name: str) -> None:
     one, run = runs.get("one"), runs.get(name)
@@ -97,9 +113,8 @@ def test_the_loss_curve_does_not_depend_on_the_strategy(runs: Runs, name: str) -
     # These are losses of the averages, put in place.
     assert list(run.validation) == [2, 4, 6]
     assert list(run.validation.values()) == pytest.approx(list(one.validation.values()), rel=1e-5)
-    # The averages themselves. Attention is blind to the bias of its keys, so the gradient of that
-    # is rounding noise, which AdamW blows up to steps of the order of the learning rate, 1e-3.
-    assert largest_difference(one.folder / "model", run.folder / "model") < 1e-4
+    # The averages themselves.
+    assert largest_difference(one.folder / "model", run.folder / "model") < 1e-5
 
 
 def test_mixed_precision_means_the_same_as_without_zero(runs: Runs) -> None:
