@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-MAX_RATE_WEIGHT = 0.16
-"""Largest weight of the rate, in the choice of tokens, with which a file is made to fit."""
-_RATE_WEIGHTS = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, MAX_RATE_WEIGHT)
+RATE_WEIGHTS = (0.01, 0.02, 0.03, 0.04, 0.06)
+"""Of the choice of tokens, with which a file is made to fit. With larger ones `tiny` paints worse
+than with a group less (docs/entropy.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,9 +49,9 @@ def first_that_fits(
         ValueError: not even one group fits.
     """
     bare = replace(wanted, caption="")
-    weights = [w for w in _RATE_WEIGHTS if w > wanted.rate_weight] if cheaper else []
+    weights = [w for w in RATE_WEIGHTS if w > wanted.rate_weight] if cheaper else []
     attempts = [wanted, bare, *(replace(bare, rate_weight=w) for w in weights)]
-    attempts += [replace(attempts[-1], steps=kept) for kept in range(wanted.steps - 1, 0, -1)]
+    attempts += [replace(bare, steps=kept) for kept in range(wanted.steps - 1, 0, -1)]
     data = b""
     for content in dict.fromkeys(attempts):
         data = write(content)

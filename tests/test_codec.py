@@ -20,7 +20,7 @@ from percov2.bitstream import COMMON_SIZES, BitstreamError, Stream
 from percov2.codec import Codec
 from percov2.entropy.range_coder import RangeDecoder
 from percov2.entropy.token_coder import TokenCoder
-from percov2.rate_control import MAX_RATE_WEIGHT
+from percov2.rate_control import RATE_WEIGHTS
 from tests.tiny_codec import save_tiny
 
 
@@ -503,11 +503,11 @@ def test_what_fits_is_sent_with_the_least_left_out(
 ) -> None:
     picture, caption = photograph.resize((160, 128)), "a dog runs along the beach"
     total = codec.summary.steps_total(160, 128)
-    weights = [0.0] if uniform else [0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16]
+    weights = [0.0] if uniform else [0.0, *RATE_WEIGHTS]
     attempts = [
         (total, caption, 0.0),
         *((total, "", weight) for weight in weights),
-        *((steps, "", weights[-1]) for steps in range(total - 1, 0, -1)),
+        *((steps, "", 0.0) for steps in range(total - 1, 0, -1)),
     ]
     files = {
         (steps, text, weight): codec.compress(
@@ -535,13 +535,13 @@ def test_what_fits_is_sent_with_the_least_left_out(
         told += f", rate weight {weight:g}" if weight else ""
         assert caplog.messages == [f"to fit {most} bytes: {told}"]
         seen.add((steps, weight))
-    assert {steps for steps, _ in seen} == set(range(1, total + 1))
+    # Cheap tokens of all groups may take fewer bytes than the nearest ones of most.
+    assert {steps for steps, _ in seen} >= ({*range(1, total + 1)} if uniform else {1, total})
     assert (len({weight for _, weight in seen}) > 1) != uniform
 
 
 def test_a_size_that_nothing_fits_in_is_refused(codec: Codec, photograph: Image.Image) -> None:
-    cheapest = codec.compress(photograph, caption="", schedule_steps=1, rate_weight=MAX_RATE_WEIGHT)
-    smallest = len(cheapest)
+    smallest = len(codec.compress(photograph, caption="", schedule_steps=1))
     message = f"nothing fits in {smallest - 1} bytes: the first group alone takes {smallest}"
     with pytest.raises(ValueError, match=message):
         codec.compress(photograph, caption="a b", max_bytes=smallest - 1)
