@@ -24,6 +24,7 @@ from typing import get_args
 
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from percov2.training.checkpointing import latest_checkpoint
 from percov2.training.convert import Which, read_weights
@@ -134,17 +135,21 @@ def kill(setup: Setup, config: Path, *, step: int, delay: float) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def largest_difference(one: Path, other: Path) -> float:
-    """Of any weight of two model directories."""
-    largest = 0.0
-    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
-    assert files
-    for file in files:
-        first, second = load_file(one / file), load_file(other / file)
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            largest = max(largest, float((value.double() - second[key].double()).abs().max()))
-    return largest
+def weights_of(model: Path) -> dict[str, Tensor]:
+    """All weights of a model directory."""
+    return {
+        f"{file.parent.name}/{key}": value
+        for file in sorted(model.rglob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
+
+
+def differences(one: Path, other: Path) -> dict[str, Tensor]:
+    """Magnitudes, of every weight of two model directories."""
+    first, second = weights_of(one), weights_of(other)
+    assert first
+    assert first.keys() == second.keys()
+    return {key: (value.double() - second[key].double()).abs() for key, value in first.items()}
 
 
 def run(setup: Setup, *, kills: int, seed: int) -> float:
@@ -159,7 +164,8 @@ def run(setup: Setup, *, kills: int, seed: int) -> float:
         left = kill(setup, config, step=step, delay=delay)
         print(f"killed {delay:.3f} s after step {step} was saved, left: {', '.join(left)}")
     _finish(setup.start(config))
-    return largest_difference(setup.folder / "whole" / "model", setup.folder / "killed" / "model")
+    found = differences(setup.folder / "whole" / "model", setup.folder / "killed" / "model")
+    return max(float(difference.max()) for difference in found.values())
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ class Codec:
             )
         text = self.captioner.caption(picture) if caption is None else caption
 
-        @lru_cache(maxsize=1)
+        @cache
         def choose(weight: float) -> Tokens:
             return self.encode_tokens(picture, rate_weight=weight)
 
@@ -301,15 +301,12 @@ class Codec:
         """
         parts = self.components.tokenizer
         padded = self._pad(image_to_tensor(_to_picture(image))[None]).to(self.device)
-        tokens: Tokens = (
-            parts.tokens(
-                parts.autoencoder.encode(padded),
-                schedule=self.config.schedule,
-                rate_weight=self.config.rate_weight if rate_weight is None else rate_weight,
-            )[0]
-            .cpu()
-            .numpy()
+        chosen = parts.tokens(
+            parts.autoencoder.encode(padded),
+            schedule=self.config.schedule,
+            rate_weight=self.config.rate_weight if rate_weight is None else rate_weight,
         )
+        tokens: Tokens = chosen[0].cpu().numpy()
         return tokens
 
     def _pad(self, image: Tensor) -> Tensor:

@@ -99,25 +99,22 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
     def forward(self, features: Tensor) -> Quantized:
         """Quantise (B, M, r, c); in training mode the codebook is updated afterwards."""
         projected = self.project_in(features)
+        unit, similarity = self._compare(projected)
         with torch.autocast(features.device.type, enabled=False):
-            unit = F.normalize(projected.float(), dim=1)
-            vectors = unit.movedim(1, -1)
-            tokens = self._similarity(vectors.detach()).argmax(-1)
+            tokens = similarity.argmax(-1)
             codes = F.embedding(tokens, self.codebook).movedim(-1, 1)
             commitment = (1 - (unit * codes).sum(1)).mean()
             straight_through = unit + (codes - unit).detach()
             if self.training:
-                self._update(vectors.detach().flatten(0, 2), tokens.flatten())
+                vectors = unit.detach().movedim(1, -1).flatten(0, 2)
+                self._update(vectors, tokens.flatten())
         out = self.project_out(straight_through.to(projected.dtype))
         return Quantized(features=out, tokens=tokens, commitment_loss=commitment)
 
     @torch.no_grad()
     def similarity(self, features: Tensor) -> Tensor:
         """Cosine similarity of features (B, M, r, c) with every code, (B, r, c, V) in [-1, 1]."""
-        projected = self.project_in(features)
-        with torch.autocast(features.device.type, enabled=False):
-            unit = F.normalize(projected.float(), dim=1)
-            return self._similarity(unit.movedim(1, -1))
+        return self._compare(self.project_in(features))[1]
 
     def tokens_to_features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, r, c) in [0, V) to features (B, M, r, c): what the decoder starts from."""
@@ -125,9 +122,12 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         features: Tensor = self.project_out(codes.to(self.project_out.weight.dtype))
         return features
 
-    def _similarity(self, vectors: Tensor) -> Tensor:
-        similarity: Tensor = vectors @ self.codebook.float().T
-        return similarity
+    def _compare(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected (B, d, r, c) as unit vectors, and their similarity (B, r, c, V), detached."""
+        with torch.autocast(projected.device.type, enabled=False):
+            unit = F.normalize(projected.float(), dim=1)
+            similarity = unit.detach().movedim(1, -1) @ self.codebook.float().T
+        return unit, similarity
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, tokens: Tensor) -> None:

@@ -101,12 +101,11 @@ class WindowAttention(nn.Module):
         delta_x = cols[:, None] - cols[None, :] + self.window - 1
         return self.position_bias[:, delta_y * (2 * self.window - 1) + delta_x]
 
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """(M, d), the visible positions of (B, r, c) in row-major order, to the same shape."""
+    def forward(self, x: Tensor, visible: Tensor, places: Tensor) -> Tensor:
+        """(M, d) to the same shape; see `Block.forward`."""
         batch, rows, cols = visible.shape
         windows = _Windows(rows, cols, self.window, self.offset)
         qkv = self.qkv(x).clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
-        places = visible.flatten().nonzero().squeeze(1)
         grid = qkv.new_zeros(batch * rows * cols, qkv.shape[1]).index_copy(0, places, qkv)
         qkv = windows.split(grid.view(batch, rows, cols, -1))
         q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -128,9 +127,15 @@ class Block(nn.Module):
         self.attention = WindowAttention(dim, num_heads, window, shifted=shifted)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
-        """(M, d), the visible positions of (B, r, c) in row-major order, to the same shape."""
-        x = _residual(x + self.attention(_rms_norm(x), visible))
+    def forward(self, x: Tensor, visible: Tensor, places: Tensor) -> Tensor:
+        """The visible positions, (M, d), to the same shape.
+
+        Args:
+            x: in row-major order.
+            visible: (B, r, c) bool.
+            places: (M,), where ``visible`` is true in the flattened grids.
+        """
+        x = _residual(x + self.attention(_rms_norm(x), visible, places))
         hidden = self.mlp_in(_rms_norm(x)).clamp(0, HIDDEN_RANGE)
         return _residual(x + self.mlp_out(hidden))
 
@@ -194,10 +199,12 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         )
         content = torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding)
         visible = known | where
-        x = _residual(content + place)[visible]
+        # Once for all blocks: on a GPU it waits for what is computed so far.
+        places = visible.flatten().nonzero().squeeze(1)
+        x = _residual(content + place).flatten(0, 2)[places]
         for block in self.blocks:
-            x = block(x, visible)
-        logits: Tensor = self.head(_rms_norm(x[where[visible]]))
+            x = block(x, visible, places)
+        logits: Tensor = self.head(_rms_norm(x[where.flatten()[places]]))
         return logits
 
 

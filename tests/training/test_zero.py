@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
 
 import percov2
-from benchmarks.kill import Setup
+from benchmarks.kill import Setup, differences, weights_of
 from benchmarks.kill import run as run_killed
 from percov2.training.checkpointing import latest_checkpoint
 from percov2.training.convert import main as convert
@@ -73,17 +71,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("zero"))
 
 
-def exported(model: Path) -> dict[str, Tensor]:
-    """All weights of a model directory."""
-    return {
-        f"{file.parent.name}/{key}": value
-        for file in sorted(model.rglob("*.safetensors"))
-        for key, value in load_file(file).items()
-    }
-
-
 def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = exported(one), exported(other)
+    first, second = weights_of(one), weights_of(other)
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]), key
@@ -95,14 +84,13 @@ def largest_difference(one: Path, other: Path) -> float:
     Attention is blind to the bias of its keys: the gradient of that is rounding noise, which AdamW
     blows up to steps of the order of the learning rate.
     """
-    first, second = exported(one), exported(other)
-    assert first.keys() == second.keys()
-    differences = {key: (value - second[key]).abs() for key, value in first.items()}
-    for key in [key for key in differences if key.endswith("k_proj.bias")]:
-        del differences[key]
-    for key in [key for key in differences if key.endswith("attention.qkv.bias")]:
-        differences[key].view(3, -1)[1] = 0
-    return max(float(difference.max()) for difference in differences.values())
+    found = differences(one, other)
+    for key, difference in found.items():
+        if key.endswith("k_proj.bias"):
+            difference.zero_()
+        elif key.endswith("attention.qkv.bias"):
+            difference.view(3, -1)[1] = 0
+    return max(float(difference.max()) for difference in found.values())
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -186,7 +174,7 @@ def test_a_converted_checkpoint_is_the_model_that_training_exported(
     # The weights themselves are other ones than their average.
     assert convert([*args[:-1], str(tmp_path / "trained"), "--weights", "trained"]) == 0
     key = "transformer/pos_embed.proj.weight"
-    assert not torch.equal(exported(tmp_path / "trained")[key], exported(output)[key])
+    assert not torch.equal(weights_of(tmp_path / "trained")[key], weights_of(output)[key])
 
 
 def test_conversion_refuses_what_does_not_fit(
