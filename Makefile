@@ -3,8 +3,12 @@
 PYTHON ?= python3
 # An index with CPU-only wheels of torch and torchvision, for machines without a GPU.
 TORCH_INDEX ?=
-# A folder with the 24 Kodak images, for `make figures`.
+# For `make figures`: folders of the 24 Kodak images and of other photographs (ours: 100 of the size of
+# COCO's), and JSON files with their captions.
 KODAK ?=
+KODAK_CAPTIONS ?=
+COCO ?=
+COCO_CAPTIONS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -76,17 +80,34 @@ train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards 
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml
 	$(FIT) configs/tiny/stage2.yaml
 	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml
+	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
+		--config configs/tiny/joint.yaml
+	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml \
+		--config configs/tiny/masked_joint.yaml
+	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
+		--config configs/tiny/settle.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml \
 		--config configs/tiny/masked.yaml --config configs/tiny/low/masked.yaml
 	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
 		--config configs/tiny/low/adversarial.yaml
 
-figures: $(INSTALLED) ## measure tiny and its competitors on Kodak (KODAK=DIR)
-	$(if $(KODAK),,$(error KODAK is not set: run `make figures KODAK=DIR` with the folder of the Kodak images))
-	$(BIN)/percov2 evaluate --data kodak=$(KODAK) --output runs/kodak --model tiny tiny-low \
-		--competitors webp,avif --rates same,2x \
-		--metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
+FIGURES = --metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
+figures: $(INSTALLED) ## measure the presets and their competitors (KODAK=DIR, COCO=DIR, or one of them)
+	$(if $(KODAK)$(COCO),,$(error neither KODAK nor COCO is set: run `make figures KODAK=DIR` with the \
+		folder of the Kodak images, or COCO=DIR with any folder of photographs))
+	$(if $(KODAK),$(call evaluate,kodak=$(KODAK),runs/kodak,$(KODAK_CAPTIONS),tiny tiny-low))
+	$(if $(COCO),$(call evaluate,$(COCO),runs/coco,$(COCO_CAPTIONS),tiny))
+
+# $(call evaluate,DATA,OUTPUT,CAPTIONS,MODELS): rates of the competitors are those of the first model.
+define evaluate
+	$(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) $(FIGURES) \
+		--model tiny --competitors jpeg,jpeg2000,webp,avif,jxl --no-report
+	$(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) $(FIGURES) \
+		--model tiny --competitors webp,avif --rates 2x --no-report
+	$(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) $(FIGURES) \
+		--model $(4)
+endef
 
 clean: ## remove caches and build products (keeps .venv and runs)
 	rm -rf build dist site *.egg-info demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache

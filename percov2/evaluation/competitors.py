@@ -135,7 +135,7 @@ class Heic(Format):
         try:
             import pillow_heif
         except ModuleNotFoundError as error:
-            raise AbsentError(f"{error} (pip install pillow-heif)") from error
+            raise AbsentError(f"{error} (pip install 'percov2[heic]')") from error
         self._library = pillow_heif
 
     def encode(self, image: Image.Image, quality: int) -> bytes:

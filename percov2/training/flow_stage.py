@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -28,6 +28,22 @@ from percov2.training.notice import autoencoder_changes, write_notice
 from percov2.training.optimization import Optimization, Phase, build_optimizer
 from percov2.training.perceptual import LpipsNet, PerceptualLoss
 from percov2.training.randomness import sample_generators
+
+
+class _Condition(NamedTuple):
+    """What the flow gets to know of latents (B, C, h, w).
+
+    Attributes:
+        tokens: (B, r, c).
+        features: (B, K, h, w), of the latent decoder.
+        prediction: (B, C, h, w), of the latents.
+        commitment: of the quantiser, a scalar; 0 for a frozen one.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    prediction: Tensor
+    commitment: Tensor
 
 
 class FlowStage(L.LightningModule):
@@ -59,6 +75,8 @@ class FlowStage(L.LightningModule):
             gradient through the autoencoder's decoder; 0 spares it. The paper uses 0.1 above
             0.05 bpp.
         lpips_net: backbone of LPIPS.
+        commitment_weight: of the quantiser's commitment loss, for a tokenizer that learns; 0 is
+            PerCo's choice.
         rate_weight: with which tokens are chosen, in training and by the model's encoder; see
             `percov2.entropy.token_choice`.
         adversary: judges the decoded estimates of the data, for a flow that is to paint in a few
@@ -92,6 +110,7 @@ class FlowStage(L.LightningModule):
         gradient_checkpointing: bool = False,
         lpips_weight: float = 0.0,
         lpips_net: LpipsNet = "vgg",
+        commitment_weight: float = 0.0,
         rate_weight: float = 0.0,
         adversary: Adversary | None = None,
         validation_steps: int = 4,
@@ -139,6 +158,7 @@ class FlowStage(L.LightningModule):
         self.lpips_weight = lpips_weight
         self.lpips = PerceptualLoss(lpips_net) if lpips_weight else None
         self.caption_dropout, self.train_tokenizer = caption_dropout, train_tokenizer
+        self.commitment_weight = commitment_weight
         self.validation_steps, self.half_export, self.seed = validation_steps, half, seed
 
     def _text_encoders(self, trained: bool) -> TextConditioner | None:
@@ -168,12 +188,13 @@ class FlowStage(L.LightningModule):
         for module in self.parts.modules().values():
             module.train(self.train_tokenizer)
 
-    def _condition(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (B, C, h, w) to tokens (B, r, c), condition (B, K, h, w) and prediction."""
+    def _condition(self, latents: Tensor) -> _Condition:
+        """Latents (B, C, h, w) to tokens and what they tell."""
         with torch.set_grad_enabled(self.train_tokenizer and torch.is_grad_enabled()):
             if self.train_tokenizer:
                 quantized = self.parts.quantizer(self.parts.hyper_encoder(latents))
                 tokens, features = quantized.tokens, quantized.features
+                commitment = quantized.commitment_loss
             else:
                 tokens = self.parts.tokens(
                     latents,
@@ -181,8 +202,8 @@ class FlowStage(L.LightningModule):
                     rate_weight=self.config.rate_weight,
                 )
                 features = self.parts.quantizer.tokens_to_features(tokens)
-            condition, prediction = self.parts.latent_decoder.condition(features)
-        return tokens, condition, prediction
+                commitment = latents.new_zeros(())
+            return _Condition(tokens, *self.parts.latent_decoder.condition(features), commitment)
 
     def _text(self, batch: Batch, dropped: list[bool]) -> TextCondition:
         """Text of the captions, cached or computed; that of an empty caption where dropped.
@@ -272,12 +293,13 @@ class FlowStage(L.LightningModule):
         """Flow matching, and the rate of tokens that move."""
         with torch.no_grad():
             latents = latents_of(batch, self.parts.autoencoder)
-        tokens, condition, prediction = self._condition(latents)
+        tokens, condition, prediction, commitment = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=self.global_step)
         if self.train_tokenizer:
             bits = self._masked_loss(tokens, batch["key"])
             self.log("train/bits_per_token", bits, prog_bar=True)
-            loss = loss + bits
+            self.log("train/commitment", commitment)
+            loss = loss + bits + self.commitment_weight * commitment
         self.log("train/loss", loss)
         return loss
 
@@ -286,7 +308,7 @@ class FlowStage(L.LightningModule):
         image = image_of(batch, needed_by="validation")
         size = len(image)
         latents = latents_of(batch, self.parts.autoencoder)
-        _, condition, prediction = self._condition(latents)
+        _, condition, prediction, _ = self._condition(latents)
         loss = self._flow_loss(latents, condition, prediction, batch, step=0)
         self.log("val/flow", loss, batch_size=size, sync_dist=True, prog_bar=True)
         text = self._text(batch, [False] * size)

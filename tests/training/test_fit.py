@@ -76,6 +76,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
     tokenizer = f"--vars.tokenizer={run.model('s1')}"
     decoder = "--model.adversary.init_args.train_decoder=true"
     run.fit(adversarial, "adv", 2, tokenizer, f"--vars.start={run.model('s2')}", decoder)
+    start = f"--vars.start={run.model('adv')}"
+    run.fit([*adversarial, "joint.yaml"], "joint", 2, start, decoder)
+    tokenizer = f"--vars.tokenizer={run.model('joint')}"
+    overlays = ["stage1.yaml", "masked.yaml", "masked_joint.yaml"]
+    run.fit(overlays, "joint-masked", 2, tokenizer, *ENTROPY)
+    tokenizer = f"--vars.tokenizer={run.model('joint-masked')}"
+    start = f"--vars.start={run.model('joint')}"
+    run.fit([*adversarial, "settle.yaml"], "settle", 2, tokenizer, start, decoder)
     adversarial.append("low/adversarial.yaml")
     tokenizer = f"--vars.tokenizer={run.model('s1-low')}"
     run.fit(adversarial, "adv-low", 2, tokenizer, f"--vars.start={run.model('adv')}")
@@ -106,7 +114,10 @@ def test_a_masked_transformer_is_retrained_on_a_finished_tokenizer(trained: Run)
         assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
 
 
-@pytest.mark.parametrize(("name", "rows", "cols"), [("s2", 4, 6), ("adv", 4, 6), ("adv-low", 2, 3)])
+@pytest.mark.parametrize(
+    ("name", "rows", "cols"),
+    [("s2", 4, 6), ("adv", 4, 6), ("joint", 4, 6), ("settle", 4, 6), ("adv-low", 2, 3)],
+)
 def test_the_trained_directories_are_codecs(
     trained: Run, photograph: Image.Image, name: str, rows: int, cols: int
 ) -> None:
@@ -116,6 +127,27 @@ def test_the_trained_directories_are_codecs(
     assert np.array_equal(codec.decode_tokens(data), codec.encode_tokens(photograph))
     assert codec.decompress(data, steps=2).size == photograph.size
     assert codec.config.name == ("tiny-low" if name.endswith("low") else "tiny")
+
+
+def test_a_joint_tokenizer_moves_and_settles(trained: Run) -> None:
+    weights = {
+        (name, part): load_file(trained.model(name) / part / "diffusion_pytorch_model.safetensors")
+        for name in ("adv", "joint", "joint-masked", "settle")
+        for part in ("hyper_encoder", "quantizer", "latent_decoder", "masked_transformer")
+    }
+
+    def same(one: str, other: str, part: str) -> bool:
+        first, second = weights[one, part], weights[other, part]
+        # The others store float16.
+        return all(torch.equal(v.half(), second[key].half()) for key, v in first.items())
+
+    for part in ("hyper_encoder", "quantizer", "latent_decoder"):
+        assert not same("adv", "joint", part), part
+        assert same("joint", "joint-masked", part), part
+        assert same("joint", "settle", part), part
+    assert not same("joint", "joint-masked", "masked_transformer")
+    assert same("joint-masked", "settle", "masked_transformer")
+    assert percov2.load(str(trained.model("settle"))).config.rate_weight == 0.01
 
 
 def test_rates_have_ids_of_their_own(trained: Run) -> None:

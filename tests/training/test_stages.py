@@ -296,6 +296,24 @@ def test_flow_stage_with_a_joint_tokenizer_trains_all(batch: Batch, tmp_path: Pa
     assert not torch.equal(stage.parts.quantizer.codebook, codebook)
 
 
+def test_a_joint_tokenizer_commits_to_its_codes(batch: Batch, tmp_path: Path) -> None:
+    losses, norms = [], []
+    for weight in (0.0, 0.5):
+        stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True)
+        stage.commitment_weight = weight
+        with torch.no_grad():
+            commitment = stage._condition(stage.parts.autoencoder.encode(batch["image"])).commitment
+        stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True)
+        stage.commitment_weight = weight
+        losses.append(stage.training_step(batch, 0))
+        losses[-1].backward()
+        gradient = stage.parts.quantizer.project_in.weight.grad
+        norms.append(float(gradient.norm()))
+    assert commitment > 0.01
+    torch.testing.assert_close(losses[1] - losses[0], 0.5 * commitment)
+    assert norms[1] != norms[0]
+
+
 def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
     photograph: Image.Image, tmp_path: Path
 ) -> None:
@@ -306,7 +324,7 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
     codec = percov2.load(str(tmp_path / "model"))
     picture = photograph.crop((0, 0, 64, 64))
     latents = stage.parts.autoencoder.encode(image_to_tensor(picture)[None])
-    tokens, condition, _ = stage._condition(latents)
+    tokens, condition, _, _ = stage._condition(latents)
     seen = Batch(image=image_to_tensor(picture)[None], caption=[""], key=["0"])
     assert torch.equal(tokens_of(stage.eval(), seen), tokens)
     assert np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture))
