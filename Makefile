@@ -92,22 +92,21 @@ train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards 
 	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
 		--config configs/tiny/low/adversarial.yaml
 
-FIGURES = --metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
+# $(call evaluate,DATA,OUTPUT,CAPTIONS): up to the models and competitors.
+evaluate = $(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) \
+	--metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
+# $(call compare,COMMAND,MODELS): the competitors' rates are those of tiny.
+define compare
+	$(1) --model tiny --competitors jpeg,jpeg2000,webp,avif,jxl --no-report
+	$(1) --model tiny --competitors webp,avif --rates 2x --no-report
+	$(1) --model $(2)
+endef
+
 figures: $(INSTALLED) ## measure the presets and their competitors (KODAK=DIR, COCO=DIR, or one of them)
 	$(if $(KODAK)$(COCO),,$(error neither KODAK nor COCO is set: run `make figures KODAK=DIR` with the \
 		folder of the Kodak images, or COCO=DIR with any folder of photographs))
-	$(if $(KODAK),$(call evaluate,kodak=$(KODAK),runs/kodak,$(KODAK_CAPTIONS),tiny tiny-low))
-	$(if $(COCO),$(call evaluate,$(COCO),runs/coco,$(COCO_CAPTIONS),tiny))
-
-# $(call evaluate,DATA,OUTPUT,CAPTIONS,MODELS): rates of the competitors are those of the first model.
-define evaluate
-	$(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) $(FIGURES) \
-		--model tiny --competitors jpeg,jpeg2000,webp,avif,jxl --no-report
-	$(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) $(FIGURES) \
-		--model tiny --competitors webp,avif --rates 2x --no-report
-	$(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) $(FIGURES) \
-		--model $(4)
-endef
+	$(if $(KODAK),$(call compare,$(call evaluate,kodak=$(KODAK),runs/kodak,$(KODAK_CAPTIONS)),tiny tiny-low))
+	$(if $(COCO),$(call compare,$(call evaluate,$(COCO),runs/coco,$(COCO_CAPTIONS)),tiny))
 
 clean: ## remove caches and build products (keeps .venv and runs)
 	rm -rf build dist site *.egg-info demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache

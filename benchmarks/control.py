@@ -10,7 +10,7 @@ its ``images.csv``.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +18,11 @@ import torch
 from PIL import Image
 
 from percov2.evaluation.control import blurred_with_grain
-from percov2.evaluation.features import (
-    EfficientNetLite1,
-    Patches,
-    Rows,
-    frechet_distance,
-    stride_grids,
-)
-from percov2.evaluation.report_data import Results, read_results
+from percov2.evaluation.features import Rows
+from percov2.evaluation.metrics import MetricOptions, make_suite
+from percov2.evaluation.report_data import read_results
 
-
-def pairs_of(results: Results, slug: str) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """Original and reconstruction, picture by picture.
-
-    Raises:
-        ValueError: no such codec, or an original that was not kept.
-    """
-    codecs = {codec.slug: codec for codec in results.codecs}
-    if slug not in codecs:
-        raise ValueError(f"there is no {slug}: choose of {', '.join(codecs)}")
-    for name in codecs[slug].names:
-        original = results.original(name)
-        if original is None:
-            raise ValueError(f"the original {name} was not kept: evaluate it again")
-        yield Image.open(original), Image.open(codecs[slug].picture(name))
-
-
-@torch.inference_mode()
-def rows_of(extract: Patches, picture: Image.Image) -> list[Rows]:
-    """Features of the patches of a picture; none of one that is smaller than a patch."""
-    pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).movedim(-1, 0)
-    rows = extract(pixels[None])
-    return [] if rows is None else [rows]
+METRIC = "efficientnet_frechet"
 
 
 def main() -> None:
@@ -59,20 +32,37 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", required=True, metavar="SLUG")
     options = parser.parse_args()
     results = read_results(options.run)
-    # As efficientnet_frechet of `percov2 evaluate`.
-    grids = stride_grids(128, 64)
-    extract = Patches(EfficientNetLite1(), "EfficientNet-Lite1, 1280", patch=128, grids=grids)
+    codecs = {codec.slug: codec for codec in results.codecs}
+    if unknown := [slug for slug in options.codecs if slug not in codecs]:
+        raise ValueError(f"there is no {', '.join(unknown)}: choose of {', '.join(codecs)}")
+    suite = make_suite([METRIC], MetricOptions(), captions=False)
+    if suite.absent:
+        raise ValueError(f"{METRIC} is absent: {suite.absent[METRIC]}")
+    extract = suite.extractors[suite.features_of(METRIC)]
+
+    @torch.inference_mode()
+    def features(picture: Image.Image) -> list[Rows]:
+        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0)
+        rows = extract(pixels[None])
+        return [] if rows is None else [rows]  # a picture smaller than a patch has none
+
+    @cache
+    def original_features(name: str) -> list[Rows]:
+        return features(Image.open(results.kept_original(name)))
+
     print("| codec | EfficientNet-Lite1 Fréchet | blurred, with grain |\n|---|---|---|")
-    for slug in options.codecs:
+    for codec in (codecs[slug] for slug in options.codecs):
         originals: list[Rows] = []
         honest: list[Rows] = []
         control: list[Rows] = []
-        for original, restored in pairs_of(results, slug):
-            originals += rows_of(extract, original)
-            honest += rows_of(extract, restored)
-            control += rows_of(extract, blurred_with_grain(original, restored))
-        found, cheat = (frechet_distance(originals, other) for other in (honest, control))
-        print(f"| {slug} | {found:.0f} | {cheat:.0f} |")
+        for name in codec.names:
+            original = Image.open(results.kept_original(name))
+            restored = Image.open(codec.picture(name))
+            originals += original_features(name)
+            honest += features(restored)
+            control += features(blurred_with_grain(original, restored))
+        found, cheat = (suite.sets[METRIC](originals, other) for other in (honest, control))
+        print(f"| {codec.slug} | {found:.0f} | {cheat:.0f} |")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,7 @@ def cells_of(results: Results, slugs: list[str], name: str) -> list[Cell]:
     codecs = {codec.slug: codec for codec in results.codecs if name in codec.names}
     if missing := [slug for slug in slugs if slug not in codecs]:
         raise ValueError(f"no {name} of {', '.join(missing)}; there is that of {', '.join(codecs)}")
-    path = results.original(name)
-    if path is None:
-        raise ValueError(f"the original {name} was not kept: evaluate it again")
-    original = Image.open(path)
+    original = Image.open(results.kept_original(name))
     cells = [(original, f"{name}: original, {original.width}x{original.height}")]
     for codec in (codecs[slug] for slug in slugs):
         row = codec.names.index(name)

@@ -149,6 +149,17 @@ class Results:
                 return path
         return None
 
+    def kept_original(self, image: str) -> Path:
+        """The same, where it is needed.
+
+        Raises:
+            ValueError: it was not kept.
+        """
+        path = self.original(image)
+        if path is None:
+            raise ValueError(f"the original {image} was not kept: evaluate it again")
+        return path
+
 
 def read_results(directory: str | Path) -> Results:
     """Read `results.json` and `images.csv` of an evaluation.

@@ -301,14 +301,13 @@ def test_a_joint_tokenizer_commits_to_its_codes(batch: Batch, tmp_path: Path) ->
     for weight in (0.0, 0.5):
         stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True)
         stage.commitment_weight = weight
-        with torch.no_grad():
-            commitment = stage._condition(stage.parts.autoencoder.encode(batch["image"])).commitment
-        stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True)
-        stage.commitment_weight = weight
         losses.append(stage.training_step(batch, 0))
         losses[-1].backward()
         gradient = stage.parts.quantizer.project_in.weight.grad
         norms.append(float(gradient.norm()))
+    stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True)
+    with torch.no_grad():
+        commitment = stage._condition(stage.parts.autoencoder.encode(batch["image"])).commitment
     assert commitment > 0.01
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * commitment)
     assert norms[1] != norms[0]
