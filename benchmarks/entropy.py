@@ -1,14 +1,13 @@
 """Measures the entropy coding of models on a folder of pictures, and prints it as markdown.
 
-``python benchmarks/entropy.py --data KODAK --held-out COCO --model tiny tiny-low``
+``python -m benchmarks.entropy --data KODAK --held-out COCO --model tiny tiny-low``
 
 For each model: bits per token of every schedule group from real payloads; the saving against
 log2(V) bits and against the zero-order entropy of the tokens of *other* pictures (``--held-out``);
 what the integers cost against the float model; seconds; rate and quality of hybrid mode for every
 number of groups (``--hybrid``, which paints) and of rate weights (``--rate-weights``, likewise).
 Tokens are chosen with the model's own rate weight; ``--nearest`` takes the nearest codes.
-``--nearest --masked var=DIR qlds=DIR`` measures further masked transformers, trained for other
-schedules, on the first model's tokens.
+Schedules are compared by ``benchmarks.schedules``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import percov2
 from percov2.codec import Codec
-from percov2.components import TokenizerComponents, load_component
+from percov2.components import TokenizerComponents
 from percov2.data.transforms import image_to_tensor
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
@@ -62,10 +60,10 @@ def float_bits(model: MaskedTransformer, schedule: str, grid: Tokens) -> float:
     return total
 
 
-def seconds(coder: TokenCoder, grid: Tokens) -> tuple[float, float]:
-    """Medians of five encodings and decodings of a grid, model included."""
+def seconds(coder: TokenCoder, grid: Tokens, *, repeats: int = 5) -> tuple[float, float]:
+    """Medians of several encodings and decodings of a grid, model included."""
     steps, rows = coder.steps_total(*grid.shape), []
-    for _ in range(5):
+    for _ in range(repeats):
         started = time.perf_counter()
         payload = coder.encode(grid, steps=steps)
         encoded = time.perf_counter()
@@ -183,13 +181,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--held-out", type=Path, help="other pictures, for the zero-order entropy")
     parser.add_argument("--model", nargs="+", default=["tiny", "tiny-low"])
-    parser.add_argument(
-        "--masked",
-        nargs="*",
-        default=[],
-        metavar="SCHEDULE=DIR",
-        help="of the first model's tokens",
-    )
     parser.add_argument("--nearest", action="store_true", help="take the nearest codes")
     parser.add_argument("--hybrid", action="store_true", help="paint every number of groups too")
     parser.add_argument(
@@ -197,8 +188,6 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="rate and PSNR of the painted")
     args = parser.parse_args()
-    if args.masked and not args.nearest:
-        parser.error("--masked needs --nearest: other tokens were chosen for the model's own rates")
     if args.plot and not (args.hybrid or args.rate_weights):
         parser.error("--plot needs --hybrid or --rate-weights: nothing is painted")
     encode, decode = coder_milliseconds()
@@ -211,11 +200,6 @@ def main() -> None:
         held_out = None if args.held_out is None else grids_of(codec, args.held_out, weight)
         grids = grids_of(codec, args.data, weight)
         measure(model, parts, schedule, grids, held_out)
-        for other in args.masked if model == args.model[0] else ():
-            schedule, _, folder = other.partition("=")
-            trained = load_component(MaskedTransformer, Path(folder), "masked_transformer")
-            trained_parts = replace(parts, masked_transformer=trained)
-            measure(folder, trained_parts, schedule, grids, held_out)
         paths = list_images(args.data)
         if args.hybrid:
             total = min(codec.summary.steps_total(*read_image(path)[0].size) for path in paths)

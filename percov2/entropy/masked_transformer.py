@@ -217,7 +217,11 @@ class TrainingMasks:
 
 
 def draw_training_masks(
-    groups: Groups, *, random_share: float, generators: Sequence[torch.Generator]
+    groups: Groups,
+    *,
+    random_share: float,
+    generators: Sequence[torch.Generator],
+    min_targets: int = 1,
 ) -> TrainingMasks:
     """Draw a step of the schedule per sample, or random tokens for a share of the samples.
 
@@ -228,9 +232,12 @@ def draw_training_masks(
         groups: (r, c) schedule with S groups.
         random_share: share of samples with a random set of known tokens instead, in [0, 1].
         generators: B CPU generators, one a sample; the result is on the CPU.
+        min_targets: where the drawn step has fewer targets, the tokens of the next steps are
+            targets too, until there are so many: single tokens would teach too little.
     """
     group = torch.from_numpy(groups.astype("int64"))
     sizes = torch.bincount(group.flatten(), minlength=num_groups(groups)).double()
+    ends = sizes.cumsum(0)
     known, target = [], []
     for generator in generators:
         if torch.rand((), generator=generator) < random_share:
@@ -242,8 +249,9 @@ def draw_training_masks(
             target.append(unknown)
         else:
             step = torch.multinomial(sizes, 1, generator=generator)
+            last = torch.searchsorted(ends, ends[step] - sizes[step] + min_targets)
             known.append(group < step)
-            target.append(group == step)
+            target.append((group >= step) & (group <= torch.maximum(step, last)))
     return TrainingMasks(known=torch.stack(known), target=torch.stack(target))
 
 

@@ -111,6 +111,13 @@ def _var(rows: int, cols: int) -> Groups:
     return _compact(groups)
 
 
+def _raster(rows: int, cols: int) -> Groups:
+    """Token by token, row by row."""
+    if rows * cols > np.iinfo(np.int16).max:
+        raise ValueError(f"token grid is {rows}x{cols}: too large for a group a token")
+    return np.arange(rows * cols, dtype=np.int16).reshape(rows, cols)
+
+
 _SCHEDULES: dict[str, Callable[[int, int], Groups]] = {
     "checkerboard": _checkerboard,
     "quincunx": _quincunx,
@@ -119,7 +126,10 @@ _SCHEDULES: dict[str, Callable[[int, int], Groups]] = {
     "uniform": _uniform,
 }
 SCHEDULES = tuple(_SCHEDULES)
-"""Names that `make_schedule` knows. ``uniform`` is one group coded without a model."""
+"""Names that a model may have. ``uniform`` is one group coded without a model."""
+
+RASTER = "raster"
+"""A pass a token, for comparison only: no header counts so many groups, no model may have it."""
 
 
 @lru_cache(maxsize=64)
@@ -127,7 +137,7 @@ def make_schedule(name: str, rows: int, cols: int) -> Groups:
     """The group of every token of a grid.
 
     Args:
-        name: one of `SCHEDULES`.
+        name: one of `SCHEDULES`, or `RASTER`.
         rows: token rows, at least 1.
         cols: token columns, at least 1.
 
@@ -135,13 +145,13 @@ def make_schedule(name: str, rows: int, cols: int) -> Groups:
         Read-only int16 array (rows, cols) with values 0 .. S-1, none empty.
 
     Raises:
-        ValueError: unknown name or a grid without tokens.
+        ValueError: unknown name, a grid without tokens, or one too large for `RASTER`.
     """
-    if name not in _SCHEDULES:
+    if name not in _SCHEDULES and name != RASTER:
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     if rows < 1 or cols < 1:
         raise ValueError(f"token grid is {rows}x{cols}: it needs at least one token")
-    groups = _SCHEDULES[name](rows, cols)
+    groups = _raster(rows, cols) if name == RASTER else _SCHEDULES[name](rows, cols)
     groups.flags.writeable = False
     return groups
 

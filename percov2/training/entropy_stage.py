@@ -58,13 +58,16 @@ class EntropyStage(L.LightningModule):
             0 spares the autoencoder's decoder.
         commitment_weight: of the quantiser's commitment loss; 0 is PerCo's choice.
         random_mask_share: share of samples with random instead of scheduled masks, in [0, 1].
+        min_targets: of a sample with a scheduled mask, see `draw_training_masks`.
+        rate_weight: with which the tokens of a frozen tokenizer are chosen, see
+            `percov2.entropy.token_choice`: those of the encoder that the masked transformer is for.
         seed: of the masks.
         start: stage 1 directory whose hyper-encoder, quantiser and latent decoder are taken over,
             and the masked transformer too if its architecture is the same.
 
     Raises:
-        ValueError: phases that leave a gap, a tokenizer that is neither trained nor taken over, or
-            a ``start`` that is configured otherwise.
+        ValueError: phases that leave a gap, a tokenizer that is neither trained nor taken over, a
+            ``start`` that is configured otherwise, or a rate weight for a tokenizer that learns.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class EntropyStage(L.LightningModule):
         pixel_weight: float,
         commitment_weight: float,
         random_mask_share: float = 0.1,
+        min_targets: int = 1,
+        rate_weight: float = 0.0,
         seed: int = 0,
         start: Path | None = None,
     ) -> None:
@@ -97,6 +102,11 @@ class EntropyStage(L.LightningModule):
                 f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
                 "nothing would be trained in between"
             )
+        if rate_weight and tokenizer_steps:
+            raise ValueError(
+                f"rate_weight is {rate_weight} and tokenizer_steps {tokenizer_steps}: tokens are "
+                "chosen by their bits once the tokenizer is frozen; set one of them 0"
+            )
         local = Path(autoencoder).is_dir()
         directory = Path(autoencoder) if local else local_copy(autoencoder, ["vae"])
         self.autoencoder = load_autoencoder(directory).requires_grad_(False)
@@ -107,7 +117,8 @@ class EntropyStage(L.LightningModule):
         self.masked_optimization = masked_optimization
         self.tokenizer_steps, self.masked_steps_from = tokenizer_steps, masked_steps_from
         self.pixel_weight, self.commitment_weight = pixel_weight, commitment_weight
-        self.random_mask_share = random_mask_share
+        self.random_mask_share, self.min_targets = random_mask_share, min_targets
+        self.rate_weight = rate_weight
         self._masked_started = False
         if start is not None:
             self._take_over(start)
@@ -160,6 +171,7 @@ class EntropyStage(L.LightningModule):
             groups,
             random_share=self.random_mask_share,
             generators=sample_generators(self.seed, step, keys, purpose="masks"),
+            min_targets=self.min_targets,
         )
         return masked_cross_entropy(self.masked_transformer, tokens, masks)
 
@@ -178,7 +190,7 @@ class EntropyStage(L.LightningModule):
         if tokenizing:
             loss, tokens = self._tokenizer_loss(batch, latents)
         else:
-            tokens = self._frozen_tokens(latents)
+            tokens = self._chosen_tokens(latents)
             loss = latents.new_zeros(())
         if self.global_step >= self.masked_steps_from:
             bits = self._masked_loss(tokens, batch["key"], step=self.global_step)
@@ -186,10 +198,11 @@ class EntropyStage(L.LightningModule):
             loss = loss + bits
         return loss
 
-    @torch.no_grad()
-    def _frozen_tokens(self, latents: Tensor) -> Tensor:
-        """The nearest tokens (B, r, c), without moving the codebook."""
-        return self.quantizer.similarity(self.hyper_encoder(latents)).argmax(-1)
+    def _chosen_tokens(self, latents: Tensor) -> Tensor:
+        """Tokens (B, r, c), without moving the codebook."""
+        return self.components().tokens(
+            latents, schedule=self.schedule, rate_weight=self.rate_weight
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Start the histogram of held-out tokens."""
@@ -200,13 +213,13 @@ class EntropyStage(L.LightningModule):
         """PSNR of the predicted latents; real bytes of the token streams."""
         image = image_of(batch, needed_by="validation")
         latents = latents_of(batch, self.autoencoder)
-        quantized = self.quantizer(self.hyper_encoder(latents))
-        prediction = self.latent_decoder(quantized.features)
+        chosen = self._chosen_tokens(latents)
+        prediction = self.latent_decoder(self.quantizer.tokens_to_features(chosen))
         size = len(image)
         self.log("val/latent_mse", F.mse_loss(prediction, latents), batch_size=size, sync_dist=True)
         decoded = self.autoencoder.decode(prediction)
         self.log("val/psnr", psnr(decoded, image), batch_size=size, sync_dist=True, prog_bar=True)
-        tokens = quantized.tokens.cpu()
+        tokens = chosen.cpu()
         self._counts += torch.bincount(tokens.flatten(), minlength=len(self._counts))
         coder = self.components().token_coder(self.schedule, device=self.device)
         steps = coder.steps_total(*tokens.shape[1:])

@@ -19,7 +19,7 @@ from percov2.entropy.masked_transformer import (
     draw_training_masks,
     masked_cross_entropy,
 )
-from percov2.entropy.schedules import make_schedule, num_groups
+from percov2.entropy.schedules import RASTER, make_schedule, num_groups
 from percov2.entropy.token_coder import TokenCoder
 from tests.tiny_models import randomise
 
@@ -225,6 +225,36 @@ def test_scheduled_masks_are_steps_of_the_schedule(name: str) -> None:
         assert torch.equal(known, groups < step)
         drawn[step] += 1
     torch.testing.assert_close(drawn / 4000, sizes / sizes.sum(), atol=0.03, rtol=0)
+
+
+def test_single_tokens_are_drawn_in_runs() -> None:
+    """Raster order: five tokens behind the known ones, or what is left of them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(200)]
+    groups = make_schedule(RASTER, 6, 8)
+    masks = draw_training_masks(groups, random_share=0, generators=generators, min_targets=5)
+    lengths = set()
+    for known, target in zip(masks.known.flatten(1), masks.target.flatten(1), strict=True):
+        first, run = int(known.sum()), int(target.sum())
+        assert known[:first].all()
+        assert target[first : first + run].all()
+        assert run == min(5, 48 - first)
+        lengths.add(run)
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_targets_of_several_steps_are_whole_groups() -> None:
+    groups = torch.from_numpy(make_schedule("quincunx", 6, 8).astype(np.int64))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(100)]
+    masks = draw_training_masks(
+        groups.numpy().astype(np.int16), random_share=0, generators=generators, min_targets=4
+    )
+    for known, target in zip(masks.known, masks.target, strict=True):
+        asked = groups[target].unique()
+        assert torch.equal(target, torch.isin(groups, asked))
+        assert torch.equal(known, groups < asked[0])
+        smaller = torch.isin(groups, asked[:-1]).sum()
+        assert target.sum() >= min(4, int((~known).sum()))
+        assert smaller < 4
 
 
 def test_random_masks_hide_any_share_and_predict_all_that_is_hidden() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from percov2.bitstream import MAX_STEPS
-from percov2.entropy.schedules import SCHEDULES, Groups, make_schedule, num_groups
+from percov2.entropy.schedules import RASTER, SCHEDULES, Groups, make_schedule, num_groups
 
 # The schedules are part of the file format: a change here makes old files unreadable.
 GOLDEN = {
@@ -197,11 +197,18 @@ def test_var_grows_from_grid_to_grid(rows: int, cols: int) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown schedule 'raster': choose one of checkerboard"):
-        make_schedule("raster", 4, 4)
+    with pytest.raises(ValueError, match="unknown schedule 'spiral': choose one of checkerboard"):
+        make_schedule("spiral", 4, 4)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(0, 4), (4, 0), (-1, 4)])
 def test_empty_grids_are_refused(rows: int, cols: int) -> None:
     with pytest.raises(ValueError, match=f"token grid is {rows}x{cols}"):
         make_schedule("qlds", rows, cols)
+
+
+def test_raster_order_is_for_comparison_only() -> None:
+    np.testing.assert_array_equal(make_schedule(RASTER, 2, 3), [[0, 1, 2], [3, 4, 5]])
+    assert RASTER not in SCHEDULES
+    with pytest.raises(ValueError, match="token grid is 256x256: too large"):
+        make_schedule(RASTER, 256, 256)

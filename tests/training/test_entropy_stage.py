@@ -12,11 +12,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from percov2.components import TokenizerComponents
+from percov2.entropy.token_choice import choose_tokens
 from percov2.training.callbacks import ExportModel, WeightEMA
 from percov2.training.callbacks.weight_ema import _trained
-from tests.tiny_codec import CODEBOOK_SIZE
+from tests.tiny_codec import CODEBOOK_SIZE, tiny_tokenizer
 from tests.training.callbacks.watched_runs import PictureDataModule, fit
-from tests.training.test_stages import entropy_stage
+from tests.training.test_stages import entropy_stage, stage_of
 
 
 def test_a_masked_transformer_alone_is_trained_averaged_and_exported(tmp_path: Path) -> None:
@@ -36,6 +37,30 @@ def test_a_masked_transformer_alone_is_trained_averaged_and_exported(tmp_path: P
     for name, value in exported.named_parameters():
         assert torch.equal(value, averages[f"masked_transformer.{name}"]), name
     assert not all(torch.equal(v, before[n]) for n, v in averages.items())
+
+
+def test_tokens_of_a_frozen_tokenizer_are_the_encoders_choice(tmp_path: Path) -> None:
+    """Training and validation see the tokens that a codec with this rate weight would write."""
+    stage = entropy_stage(tmp_path, tokenizer_steps=0, masked_from=0)
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    nearest = stage._chosen_tokens(latents)
+    similarity = stage.quantizer.similarity(stage.hyper_encoder(latents))
+    assert torch.equal(nearest, similarity.argmax(-1))
+    stage.rate_weight = 0.05
+    chosen = stage._chosen_tokens(latents)
+    expected = choose_tokens(
+        similarity, stage.masked_transformer, schedule="quincunx", rate_weight=0.05
+    )
+    assert torch.equal(chosen, expected)
+    assert not torch.equal(chosen, nearest)
+    with pytest.raises(ValueError, match=r"rate_weight is 0.1 and tokenizer_steps 10"):
+        stage_of(
+            tiny_tokenizer(),
+            autoencoder=str(tmp_path),
+            tokenizer_steps=10,
+            masked_steps_from=0,
+            rate_weight=0.1,
+        )
 
 
 class WithAnotherProcess(SingleDeviceStrategy):

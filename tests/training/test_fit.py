@@ -90,6 +90,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
     return run
 
 
+def test_the_tokenizer_of_64_tokens_reduces_by_eight_latents(trained: Run) -> None:
+    options = ["--vars.tokenizer_steps=1", f"--vars.autoencoder={trained.model('ae')}", *ENTROPY]
+    stage = trained.fit(["stage1.yaml", "64_tokens.yaml"], "s64", 2, *options).lightning_module
+    assert stage.hyper_encoder.config.reduction == 8
+    grid = stage.components().tokens(
+        torch.randn(1, 16, 64, 64), schedule=stage.schedule, rate_weight=0.0
+    )
+    assert grid.numel() == 64
+
+
 def test_a_masked_transformer_is_retrained_on_a_finished_tokenizer(trained: Run) -> None:
     for name, overlay in (("s1", []), ("s1-low", ["low/stage1.yaml"])):
         configs = [
