@@ -60,6 +60,12 @@ def float_bits(model: MaskedTransformer, schedule: str, grid: Tokens) -> float:
     return total
 
 
+def written_bits(coder: TokenCoder, grids: list[Tokens]) -> float:
+    """Bits per token of the payloads of all grids."""
+    written = [len(coder.encode(grid, steps=coder.steps_total(*grid.shape))) for grid in grids]
+    return 8 * sum(written) / sum(grid.size for grid in grids)
+
+
 def seconds(coder: TokenCoder, grid: Tokens, *, repeats: int = 5) -> tuple[float, float]:
     """Medians of several encodings and decodings of a grid, model included."""
     steps, rows = coder.steps_total(*grid.shape), []
@@ -103,10 +109,7 @@ def measure(
 ) -> None:
     """Print the rate of one masked transformer."""
     coder = parts.token_coder(schedule)
-    codes, count = coder.codebook_size, sum(g.size for g in grids)
-    written = (
-        8 * sum(len(coder.encode(g, steps=coder.steps_total(*g.shape))) for g in grids) / count
-    )
+    codes, written = coder.codebook_size, written_bits(coder, grids)
     per_group = np.mean([coder.bits_per_group(g) for g in grids], 0)
     model, ideal = parts.masked_transformer, float(per_group.sum())
     as_float = float(np.mean([float_bits(model, schedule, grid) for grid in grids]))

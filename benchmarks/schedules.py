@@ -12,46 +12,34 @@ of whole files too.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import percov2
-from benchmarks.entropy import cross_entropy, seconds
+from benchmarks.entropy import cross_entropy, seconds, written_bits
 from percov2.bitstream import MAX_STEPS
 from percov2.codec import Codec
-from percov2.components import TokenizerComponents, load_component
+from percov2.components import CodecComponents, TokenizerComponents, load_component
 from percov2.entropy.masked_transformer import MaskedTransformer
+from percov2.entropy.schedules import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder, Tokens
-from percov2.evaluation.protocols import CROPS
-from percov2.files import list_images
-from percov2.images import read_image
+from percov2.evaluation.protocols import CROPS, find_protocol, with_captions
 
 
-def codec_of(parts: TokenizerComponents, schedule: str) -> Codec:
+def codec_of(parts: TokenizerComponents, schedule: str, tiny: CodecComponents) -> Codec:
     """Writes files of these tokens; it cannot paint, its transformer is that of `tiny`."""
-    tiny = percov2.load("tiny").components
     reduction = int(parts.hyper_encoder.config.reduction)
     config = replace(tiny.config, schedule=schedule, latents_per_token=reduction, rate_weight=0.0)
     return Codec(replace(tiny, config=config, tokenizer=parts))
 
 
-def pictures(folder: Path, crop: str, every: int) -> Iterator[tuple[str, Image.Image]]:
-    """Names and pictures."""
-    for path in list_images(folder)[::every]:
-        yield path.stem, CROPS[crop](read_image(path)[0])
-
-
 def row(coder: TokenCoder, grids: list[Tokens], zero_order: float | None) -> str:
     """Cells of a schedule."""
     total = coder.steps_total(*grids[0].shape)
-    written = [len(coder.encode(g, steps=coder.steps_total(*g.shape))) for g in grids]
-    bits = 8 * sum(written) / sum(g.size for g in grids)
+    bits = written_bits(coder, grids)
     saved = 100 * (1 - bits / np.log2(coder.codebook_size))
     other = "" if zero_order is None else f" {100 * (1 - bits / zero_order):.1f} % |"
     encode, decode = seconds(coder, grids[0], repeats=5 if total <= MAX_STEPS else 1)
@@ -62,8 +50,8 @@ def row(coder: TokenCoder, grids: list[Tokens], zero_order: float | None) -> str
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
-    parser.add_argument("--held-out", type=Path, help="others, for the zero-order entropy")
+    parser.add_argument("--data", required=True, help="as of percov2 evaluate")
+    parser.add_argument("--held-out", metavar="DATA", help="others, for the zero-order entropy")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="DIR")
     parser.add_argument("--masked", nargs="+", required=True, metavar="SCHEDULE=DIR")
     parser.add_argument("--crop", choices=list(CROPS), default="full")
@@ -71,12 +59,18 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, metavar="FILE", help="JSON, name to caption")
     args = parser.parse_args()
     parts = TokenizerComponents.load(args.tokenizer)
-    codec = codec_of(parts, "uniform")
-    images = dict(pictures(args.data, args.crop, args.every))
-    grids = [codec.encode_tokens(image) for image in images.values()]
+    tiny = percov2.load("tiny").components
+    codec = codec_of(parts, "uniform", tiny)
+    protocol = find_protocol(args.data, crop=args.crop)
+    protocol = replace(protocol, items=protocol.items[:: args.every])
+    if args.captions is not None:
+        protocol = with_captions(protocol, args.captions)
+    images = [protocol.read(item) for item in protocol.items]
+    grids = [codec.encode_tokens(image) for image in images]
     zero_order, codes = None, parts.quantizer.codebook_size
     if args.held_out is not None:
-        others = [codec.encode_tokens(x) for _, x in pictures(args.held_out, "full", 1)]
+        other = find_protocol(args.held_out, crop="full")
+        others = [codec.encode_tokens(other.read(item)) for item in other.items]
         zero_order = cross_entropy(grids, others, codes)
         print(f"zero-order entropy, histogram of the other pictures: {zero_order:.3f} bits\n")
     shape = "x".join(map(str, grids[0].shape))
@@ -86,17 +80,21 @@ def main() -> None:
         + f" encode and decode {shape} tokens |"
     )
     print("|---|---|---|---|" + "---|" * (2 if zero_order is not None else 1))
-    captions = {} if args.captions is None else json.loads(args.captions.read_text("utf-8"))
+    sizes: dict[str, list[int]] = {}
     for name in args.masked:
         schedule, _, folder = name.partition("=")
         masked = load_component(MaskedTransformer, Path(folder), "masked_transformer")
         trained = replace(parts, masked_transformer=masked)
         print(f"| {schedule} | {row(trained.token_coder(schedule), grids, zero_order)}", flush=True)
-        if captions:
-            writer = codec_of(trained, schedule)
-            sizes = {n: len(writer.compress(x, caption=captions[n])) for n, x in images.items()}
-            every = ", ".join(f"{n} {size}" for n, size in sizes.items())
-            print(f"\n{schedule}: {np.mean(list(sizes.values())):.1f} bytes a file ({every})\n")
+        if args.captions is not None and schedule in SCHEDULES:
+            writer = codec_of(trained, schedule, tiny)
+            sizes[schedule] = [
+                len(writer.compress(image, caption=item.caption))
+                for item, image in zip(protocol.items, images, strict=True)
+            ]
+    for schedule, found in sizes.items():
+        every = ", ".join(f"{i.name} {n}" for i, n in zip(protocol.items, found, strict=True))
+        print(f"\n{schedule}: {np.mean(found):.1f} bytes a file ({every})")
 
 
 if __name__ == "__main__":

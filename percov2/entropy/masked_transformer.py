@@ -251,7 +251,7 @@ def draw_training_masks(
             step = torch.multinomial(sizes, 1, generator=generator)
             last = torch.searchsorted(ends, ends[step] - sizes[step] + min_targets)
             known.append(group < step)
-            target.append((group >= step) & (group <= torch.maximum(step, last)))
+            target.append((group >= step) & (group <= last))
     return TrainingMasks(known=torch.stack(known), target=torch.stack(target))
 
 

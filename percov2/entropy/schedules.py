@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+RASTER = "raster"
+"""A pass a token, for comparison only: no header counts so many groups, no model may have it."""
+
 Groups = NDArray[np.int16]
 """(r, c) array: the group of each token, 0 .. S-1, none empty."""
 
@@ -124,12 +127,10 @@ _SCHEDULES: dict[str, Callable[[int, int], Groups]] = {
     "qlds": _qlds,
     "var": _var,
     "uniform": _uniform,
+    RASTER: _raster,
 }
-SCHEDULES = tuple(_SCHEDULES)
+SCHEDULES = tuple(name for name in _SCHEDULES if name != RASTER)
 """Names that a model may have. ``uniform`` is one group coded without a model."""
-
-RASTER = "raster"
-"""A pass a token, for comparison only: no header counts so many groups, no model may have it."""
 
 
 @lru_cache(maxsize=64)
@@ -147,11 +148,11 @@ def make_schedule(name: str, rows: int, cols: int) -> Groups:
     Raises:
         ValueError: unknown name, a grid without tokens, or one too large for `RASTER`.
     """
-    if name not in _SCHEDULES and name != RASTER:
+    if name not in _SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
     if rows < 1 or cols < 1:
         raise ValueError(f"token grid is {rows}x{cols}: it needs at least one token")
-    groups = _raster(rows, cols) if name == RASTER else _SCHEDULES[name](rows, cols)
+    groups = _SCHEDULES[name](rows, cols)
     groups.flags.writeable = False
     return groups
 

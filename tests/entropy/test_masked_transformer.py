@@ -195,11 +195,12 @@ def test_saved_model_gives_equal_logits(tmp_path: Path) -> None:
     assert torch.equal(loaded(tokens, known, ~known), model(tokens, known, ~known))
 
 
-def draw(name: str, batch: int, *, random_share: float) -> TrainingMasks:
+def draw(name: str, batch: int, *, random_share: float, min_targets: int = 1) -> TrainingMasks:
     return draw_training_masks(
         make_schedule(name, 6, 8),
         random_share=random_share,
         generators=[torch.Generator().manual_seed(3 + sample) for sample in range(batch)],
+        min_targets=min_targets,
     )
 
 
@@ -229,9 +230,7 @@ def test_scheduled_masks_are_steps_of_the_schedule(name: str) -> None:
 
 def test_single_tokens_are_drawn_in_runs() -> None:
     """Raster order: five tokens behind the known ones, or what is left of them."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(200)]
-    groups = make_schedule(RASTER, 6, 8)
-    masks = draw_training_masks(groups, random_share=0, generators=generators, min_targets=5)
+    masks = draw(RASTER, 200, random_share=0.0, min_targets=5)
     lengths = set()
     for known, target in zip(masks.known.flatten(1), masks.target.flatten(1), strict=True):
         first, run = int(known.sum()), int(target.sum())
@@ -244,10 +243,7 @@ def test_single_tokens_are_drawn_in_runs() -> None:
 
 def test_targets_of_several_steps_are_whole_groups() -> None:
     groups = torch.from_numpy(make_schedule("quincunx", 6, 8).astype(np.int64))
-    generators = [torch.Generator().manual_seed(seed) for seed in range(100)]
-    masks = draw_training_masks(
-        groups.numpy().astype(np.int16), random_share=0, generators=generators, min_targets=4
-    )
+    masks = draw("quincunx", 100, random_share=0.0, min_targets=4)
     for known, target in zip(masks.known, masks.target, strict=True):
         asked = groups[target].unique()
         assert torch.equal(target, torch.isin(groups, asked))
