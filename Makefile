@@ -97,8 +97,8 @@ evaluate = $(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--caption
 	--metrics psnr,ms_ssim,gradient_energy,efficientnet_frechet
 # $(call compare,COMMAND,MODELS): the competitors' rates are those of tiny.
 define compare
-	$(1) --model tiny --competitors jpeg,jpeg2000,webp,avif,jxl --no-report
-	$(1) --model tiny --competitors webp,avif --rates 2x --no-report
+	$(1) --model tiny --competitors jpeg,jpeg2000,webp,avif,jxl,heic --no-report
+	$(1) --model tiny --competitors webp,avif,heic --rates 2x --no-report
 	$(1) --model $(2)
 endef
 

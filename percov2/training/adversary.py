@@ -30,6 +30,9 @@ LEVEL_CHANNELS = (32, 24, 40, 112, 320)
 WINDOW = 16
 """Rows and columns of pixels in which features are compared by their statistics."""
 
+BANDS = 3
+"""Octaves of detail whose strength is compared, from the finest."""
+
 PERIOD = 16
 """Pixels of the coarsest patch that a network puts out: a transformer's, of 2x2 latents."""
 
@@ -40,6 +43,7 @@ class AdversarialLosses(NamedTuple):
     Attributes:
         pixels: mean squared difference of the pixels, to be lowered by the painter.
         pattern: `pattern_distance`, to be lowered by the painter.
+        detail: `detail_distance`, to be lowered by the painter.
         features: Wasserstein distortion of standardised features, to be lowered by the painter:
             squared differences of means and standard deviations in overlapping windows.
         realism: minus the discriminator's opinion of the painted pictures, to be lowered by the
@@ -50,6 +54,7 @@ class AdversarialLosses(NamedTuple):
 
     pixels: Tensor
     pattern: Tensor
+    detail: Tensor
     features: Tensor
     realism: Tensor
     discriminator: Tensor
@@ -63,6 +68,7 @@ class Adversary(nn.Module):
         flow_weight: of the flow's own squared error of the latents.
         pixel_weight: of the squared error of the pixels, in [-1, 1].
         pattern_weight: of `AdversarialLosses.pattern`.
+        detail_weight: of `AdversarialLosses.detail`.
         feature_weight: of `AdversarialLosses.features`.
         realism_weight: of `AdversarialLosses.realism`.
         optimization: of the discriminator.
@@ -84,6 +90,7 @@ class Adversary(nn.Module):
         flow_weight: float,
         pixel_weight: float,
         pattern_weight: float,
+        detail_weight: float,
         feature_weight: float,
         realism_weight: float,
         optimization: Optimization,
@@ -92,12 +99,18 @@ class Adversary(nn.Module):
         channels: int = 64,
     ) -> None:
         super().__init__()
-        weights = (flow_weight, pixel_weight, pattern_weight, feature_weight, realism_weight)
-        if steps < 1 or min(weights) < 0:
-            raise ValueError(
-                f"steps is {steps} and must be at least 1; flow, pixel, pattern, feature and "
-                f"realism weights are {weights} and must not be negative"
-            )
+        weights = {
+            "flow_weight": flow_weight,
+            "pixel_weight": pixel_weight,
+            "pattern_weight": pattern_weight,
+            "detail_weight": detail_weight,
+            "feature_weight": feature_weight,
+            "realism_weight": realism_weight,
+        }
+        if steps < 1:
+            raise ValueError(f"steps is {steps} and must be at least 1")
+        if negative := {name: weight for name, weight in weights.items() if weight < 0}:
+            raise ValueError(f"{negative}: weights must not be negative")
         if refiner_width and not train_decoder:
             raise ValueError(
                 f"refiner_width is {refiner_width} and train_decoder false: a refiner that does "
@@ -106,7 +119,7 @@ class Adversary(nn.Module):
         self.refiner_width = refiner_width
         self.steps, self.optimization, self.train_decoder = steps, optimization, train_decoder
         self.flow_weight, self.pixel_weight = flow_weight, pixel_weight
-        self.pattern_weight = pattern_weight
+        self.pattern_weight, self.detail_weight = pattern_weight, detail_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
         self.heads = nn.ModuleList(_head(n, min(n, channels)) for n in LEVEL_CHANNELS)
         try:
@@ -138,6 +151,7 @@ class Adversary(nn.Module):
         return AdversarialLosses(
             pixels=F.mse_loss(painted, original),
             pattern=pattern_distance(painted, original),
+            detail=detail_distance(painted, original),
             features=features,
             realism=realism,
             discriminator=self._hinge(real, 1) + self._hinge(detached, -1),
@@ -154,6 +168,7 @@ class Adversary(nn.Module):
             self.flow_weight * flow
             + self.pixel_weight * losses.pixels
             + self.pattern_weight * losses.pattern
+            + self.detail_weight * losses.detail
             + self.feature_weight * losses.features
             + self.realism_weight * losses.realism
             + losses.discriminator
@@ -210,6 +225,33 @@ def pattern_distance(painted: Tensor, original: Tensor) -> Tensor:
     """
     (found, _), (wanted, detail) = _repeated(painted), _repeated(original)
     return ((found - wanted).square().mean(1, keepdim=True) / (detail + 1e-3)).mean()
+
+
+def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
+    """How unlike the strength of detail is in pictures (B, 3, H, W), a scalar.
+
+    Squared error makes a painter weaken detail that it cannot know, by half in the octaves between
+    4 and 16 pixels a period, and features hardly tell. Compared is the logarithm of the root mean
+    square of each octave of a Laplacian pyramid (Burt and Adelson, 1983) in overlapping windows:
+    twice as strong is as wrong as half, in the sky as in foliage.
+    """
+    distances = []
+    for level in range(BANDS):
+        cells = max(WINDOW >> level, 8)
+        (painted, one), (original, other) = (
+            _halve(pictures, cells) for pictures in (painted, original)
+        )
+        distances.append(F.mse_loss(one, other))
+    return torch.stack(distances).mean()
+
+
+def _halve(pictures: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) at half the resolution, and how strong the detail is that they lose:
+    the logarithm of its root mean square in windows of cells x cells that overlap by half."""
+    half = F.avg_pool2d(pictures, 2, ceil_mode=True)
+    lost = pictures - F.interpolate(half, pictures.shape[2:], mode="bilinear")
+    # One grey level and a quarter: what is weaker is not seen.
+    return half, 0.5 * (F.avg_pool2d(lost.square(), cells, stride=cells // 2) + 1e-4).log()
 
 
 def _repeated(pictures: Tensor) -> tuple[Tensor, Tensor]:

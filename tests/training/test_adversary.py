@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from percov2.training.adversary import (
     LEVEL_CHANNELS,
     AdversarialLosses,
     Adversary,
+    detail_distance,
     wasserstein_distortion,
 )
 from percov2.training.flow_stage import FlowStage as Stage
@@ -32,6 +34,7 @@ def adversary(
         "flow_weight": 0.5,
         "pixel_weight": 2.0,
         "pattern_weight": 1.0,
+        "detail_weight": 1.0,
         "feature_weight": 1.0,
         "realism_weight": 0.1,
     }
@@ -66,7 +69,7 @@ def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
     judge, painted = adversary(), pictures(0, smooth=True).requires_grad_()
     losses = judge(painted, pictures(1))
     heads = list(judge.parameters())
-    for name in ("pixels", "pattern", "features", "realism"):
+    for name in ("pixels", "pattern", "detail", "features", "realism"):
         gradients = torch.autograd.grad(
             getattr(losses, name), [painted, *heads], retain_graph=True, allow_unused=True
         )
@@ -95,7 +98,7 @@ def test_discriminator_learns_to_tell_smooth_pictures_and_realism_rises_with_it(
 
 def test_identical_pictures_differ_in_nothing() -> None:
     losses = adversary()(pictures(1), pictures(1))
-    assert float(losses.pixels) == float(losses.pattern) == 0
+    assert float(losses.pixels) == float(losses.pattern) == float(losses.detail) == 0
     assert float(losses.features) < 1e-5
 
 
@@ -129,11 +132,26 @@ def test_single_cells_are_compared_one_by_one() -> None:
 
 
 def test_total_weighs_every_term() -> None:
-    judge = adversary(
-        flow_weight=2, pixel_weight=3, pattern_weight=4, feature_weight=5, realism_weight=7
-    )
-    losses = AdversarialLosses(*(torch.tensor(x) for x in (10.0, 100.0, 1000.0, 10000.0, 0.5)))
-    assert float(judge.total(torch.tensor(1.0), losses)) == 2 + 30 + 400 + 5000 + 70000 + 0.5
+    names = ("flow", "pixel", "pattern", "detail", "feature", "realism")
+    digits = {f"{name}_weight": float(n) for n, name in enumerate(names, start=2)}
+    judge = adversary(**digits)
+    losses = AdversarialLosses(*(torch.tensor(x) for x in (10.0, 100.0, 1e3, 1e4, 1e5, 0.5)))
+    assert float(judge.total(torch.tensor(1.0), losses)) == 765432.5
+
+
+def test_detail_is_compared_by_strength_octave_by_octave() -> None:
+    """Other noise of the same strength, half of it, twice of it; waves of each octave."""
+    texture = pictures(1)
+    apart = [float(detail_distance(x, texture)) for x in (pictures(2), 0.5 * texture, 2 * texture)]
+    assert apart[0] < 0.02
+    assert apart[1:] == pytest.approx([math.log(2) ** 2] * 2, rel=0.05)
+    for period in (3, 6, 12):
+        wave = torch.sin(2 * torch.pi * torch.arange(64.0) / period).expand(1, 3, 64, 64)
+        assert float(detail_distance(0.25 * wave, 0.5 * wave)) > 0.1, period
+
+
+def test_detail_too_weak_to_be_seen_does_not_count() -> None:
+    assert float(detail_distance(torch.zeros(1, 3, 64, 64), 0.002 * pictures(1))) < 1e-3
 
 
 @pytest.mark.parametrize("period", [2, 4, 8, 16])
