@@ -63,6 +63,7 @@ class CacheSettings:
         dtype: of the text encoders; the autoencoder works in float32.
         annotations: a `captions_*.json` of COCO for the folder ``data``.
         max_zoom: see `CropTransform`.
+        color_jitter: likewise.
         crops: random crops per picture; 0 takes one centre crop (for validation).
         images: keep the crops as PNG too (for validation).
         captions: weights of caption sources, see `CaptionMix`; null is ``{txt: 1}``.
@@ -86,6 +87,7 @@ class CacheSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     annotations: Path | None = None
     max_zoom: float = 1.0
+    color_jitter: float = 0.0
     crops: int = 1
     images: bool = False
     captions: dict[str, float] | None = None
@@ -171,6 +173,7 @@ class _Job:
         self.decoder = picture_decoder(
             crop=settings.crop,
             max_zoom=settings.max_zoom,
+            color_jitter=settings.color_jitter,
             captions=settings.captions,
             filters=settings.filters,
         )

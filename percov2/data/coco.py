@@ -164,6 +164,7 @@ class CocoDataModule(FileDataModule):
         val_folder: its pictures, for instance `val2017`.
         crop: side of the square crops in pixels.
         max_zoom: see `CropTransform`.
+        color_jitter: likewise; 0, the default, leaves colours as they are.
         batch_size: per process.
         val_samples: number of validation images, the first good ones by id (or of ``val_list``).
         val_list: file with the ids to validate on, see `coco30k_list`; None takes all.
@@ -193,6 +194,7 @@ class CocoDataModule(FileDataModule):
         caption: Literal["first", "random"] = "random",
         num_workers: int = 1,
         seed: int = 0,
+        color_jitter: float = 0.0,
         filters: Filters = NO_FILTERS,
         max_consecutive_faults: int = 100,
     ) -> None:
@@ -206,7 +208,11 @@ class CocoDataModule(FileDataModule):
             val_records=CocoRecords(val, val_folder),
             source=str(train_folder),
             decoder=picture_decoder(
-                crop=crop, max_zoom=max_zoom, captions={source: 1.0}, filters=filters
+                crop=crop,
+                max_zoom=max_zoom,
+                color_jitter=color_jitter,
+                captions={source: 1.0},
+                filters=filters,
             ),
             batch_size=batch_size,
             val_samples=val_samples,

@@ -50,6 +50,7 @@ class FolderDataModule(FileDataModule):
         val_folder: searched recursively.
         crop: side of the square crops in pixels.
         max_zoom: see `CropTransform`.
+        color_jitter: likewise; 0, the default, leaves colours as they are.
         batch_size: per process.
         val_samples: number of validation images, the first good ones by path; None takes all.
         num_workers: loader processes.
@@ -74,6 +75,7 @@ class FolderDataModule(FileDataModule):
         num_workers: int = 1,
         seed: int = 0,
         captions: dict[str, float] | None = None,
+        color_jitter: float = 0.0,
         filters: Filters = NO_FILTERS,
         max_consecutive_faults: int = 100,
     ) -> None:
@@ -83,7 +85,11 @@ class FolderDataModule(FileDataModule):
             val_records=val,
             source=str(train_folder),
             decoder=picture_decoder(
-                crop=crop, max_zoom=max_zoom, captions=captions, filters=filters
+                crop=crop,
+                max_zoom=max_zoom,
+                color_jitter=color_jitter,
+                captions=captions,
+                filters=filters,
             ),
             batch_size=batch_size,
             val_samples=val_samples,

@@ -16,6 +16,7 @@ class LaionDataModule(ShardDataModule):
         val_shards: as ``train_shards``; never those of training.
         crop: side of the square crops in pixels.
         max_zoom: see `CropTransform`.
+        color_jitter: likewise; 0, the default, leaves colours as they are.
         batch_size: per process.
         val_samples: number of validation images, the first good ones of the shards.
         num_workers: loader processes.
@@ -44,6 +45,7 @@ class LaionDataModule(ShardDataModule):
         seed: int = 0,
         shuffle_block: int = 500,
         captions: dict[str, float] | None = None,
+        color_jitter: float = 0.0,
         filters: Filters = NO_FILTERS,
         retry: Retry = DEFAULT_RETRY,
         max_consecutive_faults: int = 100,
@@ -52,7 +54,11 @@ class LaionDataModule(ShardDataModule):
             train_shards=train_shards,
             val_shards=val_shards,
             decoder=picture_decoder(
-                crop=crop, max_zoom=max_zoom, captions=captions, filters=filters
+                crop=crop,
+                max_zoom=max_zoom,
+                color_jitter=color_jitter,
+                captions=captions,
+                filters=filters,
             ),
             batch_size=batch_size,
             val_samples=val_samples,

@@ -237,13 +237,19 @@ class PictureDecoder:
 
 
 def picture_decoder(
-    *, crop: int, max_zoom: float, captions: dict[str, float] | None, filters: Filters
+    *,
+    crop: int,
+    max_zoom: float,
+    color_jitter: float,
+    captions: dict[str, float] | None,
+    filters: Filters,
 ) -> PictureDecoder:
     """`PictureDecoder` from the fields of a configuration.
 
     Args:
         crop: side of the square crops in pixels.
         max_zoom: see `CropTransform`.
+        color_jitter: likewise.
         captions: weights of caption sources, see `CaptionMix`; None is ``{txt: 1}``.
         filters: what is refused.
 
@@ -251,7 +257,7 @@ def picture_decoder(
         ValueError: a value out of range.
     """
     return PictureDecoder(
-        crop=CropTransform(size=crop, max_zoom=max_zoom),
+        crop=CropTransform(size=crop, max_zoom=max_zoom, color_jitter=color_jitter),
         captions=make_captions(captions),
         filters=filters,
     )

@@ -139,3 +139,32 @@ def test_training_flips_half_of_the_crops_and_moves_them() -> None:
 def test_bad_settings_are_refused(size: int, max_zoom: float) -> None:
     with pytest.raises(ValueError, match=f"crop size {size} and max_zoom {max_zoom}"):
         crop(size, max_zoom=max_zoom, train=True)
+
+
+def test_colour_jitter_changes_colours_and_neither_place_nor_validation() -> None:
+    """The same draws before it: a configuration without it sees the crops that it always saw."""
+    picture = noise(120, 90).resize((240, 180), Image.Resampling.BICUBIC)
+    plain, jittered = (
+        CropTransform(size=64, max_zoom=2.0, color_jitter=jitter) for jitter in (0.0, 0.3)
+    )
+    one, other = (transform(picture, random.Random(7)) for transform in (plain, jittered))
+    assert torch.equal(one, CropTransform(size=64, max_zoom=2.0)(picture, random.Random(7)))
+    assert not torch.equal(one, other)
+    assert torch.equal(other, jittered(picture, random.Random(7)))
+    correlation = torch.corrcoef(torch.stack([one.mean(0).flatten(), other.mean(0).flatten()]))
+    assert correlation[0, 1] > 0.95
+    assert torch.equal(plain(picture, None), jittered(picture, None))
+
+
+def test_colour_jitter_keeps_its_factors_in_range() -> None:
+    grey = Image.new("RGB", (32, 32), (100, 100, 100))
+    transform, rng = CropTransform(size=32, max_zoom=1.0, color_jitter=0.3), random.Random(0)
+    means = [float((transform(grey, rng).mean() + 1) * 127.5) for _ in range(50)]
+    assert 69 <= min(means) < 80
+    assert 120 < max(means) <= 131
+
+
+@pytest.mark.parametrize("jitter", [-0.1, 1.0])
+def test_refuses_a_colour_jitter_out_of_range(jitter: float) -> None:
+    with pytest.raises(ValueError, match=f"color_jitter is {jitter}"):
+        CropTransform(size=32, max_zoom=1.0, color_jitter=jitter)
