@@ -80,6 +80,21 @@ def seconds(coder: TokenCoder, grid: Tokens, *, repeats: int = 5) -> tuple[float
     return float(encode), float(decode)
 
 
+@torch.no_grad()
+def float_seconds(
+    model: MaskedTransformer, schedule: str, grid: Tokens, *, repeats: int = 5
+) -> float:
+    """Median of what the float model's passes over all groups take, without any coding."""
+    order = torch.from_numpy(make_schedule(schedule, *grid.shape).astype(np.int64))[None]
+    tokens, rows = torch.from_numpy(grid)[None], []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for k in range(int(order.max()) + 1):
+            model(tokens, order < k, order == k)
+        rows.append(time.perf_counter() - started)
+    return float(np.median(rows))
+
+
 def coder_milliseconds(count: int = 1536, codes: int = 256) -> tuple[float, float]:
     """Medians for the range coder alone: ``count`` symbols of ``codes``, frequencies at hand."""
     rng = np.random.default_rng(0)
@@ -127,6 +142,8 @@ def measure(
     encode, decode = seconds(coder, grids[0])
     shape = "x".join(map(str, grids[0].shape))
     print(f"| encode and decode {shape} tokens | {encode:.2f} s and {decode:.2f} s |")
+    passes = float_seconds(model, schedule, grids[0])
+    print(f"| the float model's passes alone | {passes:.2f} s |")
     groups = [coder.groups(*grids[0].shape) == k for k in range(len(per_group))]
     rates = ", ".join(f"{b / g.sum():.2f}" for b, g in zip(per_group, groups, strict=True))
     print(f"| bits per token of each group | {rates} |\n")
