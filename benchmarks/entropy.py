@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,23 @@ def cross_entropy(grids: list[Tokens], others: list[Tokens], codes: int) -> floa
 
 
 @torch.no_grad()
-def float_bits(model: MaskedTransformer, schedule: str, grid: Tokens) -> float:
-    """Bits of a grid under the float model."""
-    groups = make_schedule(schedule, *grid.shape)
-    order = torch.from_numpy(groups.astype(np.int64))[None]
-    tokens, total = torch.from_numpy(grid)[None], 0.0
+def float_passes(
+    model: MaskedTransformer, schedule: str, grid: Tokens
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits (N, V) of the float model and tokens (N,) of a grid, group by group."""
+    order = torch.from_numpy(make_schedule(schedule, *grid.shape).astype(np.int64))[None]
+    tokens = torch.from_numpy(grid)[None]
     for k in range(int(order.max()) + 1):
         where = order == k
-        logits = model(tokens, order < k, where).double().log_softmax(-1)
-        total -= float(logits.gather(1, tokens[where][:, None]).sum()) / np.log(2)
-    return total
+        yield model(tokens, order < k, where), tokens[where]
+
+
+def float_bits(model: MaskedTransformer, schedule: str, grid: Tokens) -> float:
+    """Bits of a grid under the float model."""
+    total = 0.0
+    for logits, tokens in float_passes(model, schedule, grid):
+        total -= float(logits.double().log_softmax(-1).gather(1, tokens[:, None]).sum())
+    return total / np.log(2)
 
 
 def written_bits(coder: TokenCoder, grids: list[Tokens]) -> float:
@@ -80,17 +88,15 @@ def seconds(coder: TokenCoder, grid: Tokens, *, repeats: int = 5) -> tuple[float
     return float(encode), float(decode)
 
 
-@torch.no_grad()
 def float_seconds(
     model: MaskedTransformer, schedule: str, grid: Tokens, *, repeats: int = 5
 ) -> float:
     """Median of what the float model's passes over all groups take, without any coding."""
-    order = torch.from_numpy(make_schedule(schedule, *grid.shape).astype(np.int64))[None]
-    tokens, rows = torch.from_numpy(grid)[None], []
+    rows = []
     for _ in range(repeats):
         started = time.perf_counter()
-        for k in range(int(order.max()) + 1):
-            model(tokens, order < k, order == k)
+        for _ in float_passes(model, schedule, grid):
+            pass
         rows.append(time.perf_counter() - started)
     return float(np.median(rows))
 

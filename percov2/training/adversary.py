@@ -231,7 +231,7 @@ def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
     """How unlike the strength of detail is in pictures (B, 3, H, W), a scalar.
 
     Squared error makes a painter weaken detail that it cannot know, by half in the octaves between
-    4 and 16 pixels a period, and features hardly tell. Compared is the logarithm of the root mean
+    3 and 16 pixels a period, and features hardly tell. Compared is the logarithm of the root mean
     square of each octave of a Laplacian pyramid (Burt and Adelson, 1983) in overlapping windows:
     twice as strong is as wrong as half, in the sky as in foliage.
     """
