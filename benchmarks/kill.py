@@ -26,8 +26,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from percov2.training.checkpoint_weights import Which, read_weights
 from percov2.training.checkpointing import latest_checkpoint
-from percov2.training.convert import Which, read_weights
 from tests.tiny_codec import save_tiny
 from tests.training.tiny_runs import ROOT, flow_config, start_fit
 

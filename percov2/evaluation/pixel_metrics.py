@@ -12,6 +12,9 @@ from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
 )
 
+MS_SSIM_SIDE = 161
+"""Rows and columns of pixels that the five scales of MS-SSIM need at least."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Original:
@@ -68,7 +71,7 @@ class MsSsim:
     """Multi-scale structural similarity (Wang et al. 2003) of RGB, five scales."""
 
     name, identity, network = "ms_ssim", "ms_ssim", False
-    needs = "at least 161 pixels a side"
+    needs = f"at least {MS_SSIM_SIDE} pixels a side"
 
     def __call__(self, original: Original, restored: Tensor) -> float | None:
         """See `PairMetric`."""
@@ -76,8 +79,8 @@ class MsSsim:
 
 
 def ms_ssim(original: Tensor, restored: Tensor) -> float | None:
-    """MS-SSIM of two pictures (1, 3, H, W) in [0, 1]; None below 161 pixels a side."""
-    if min(restored.shape[2:]) < 161:
+    """MS-SSIM of two pictures (1, 3, H, W) in [0, 1]; None below `MS_SSIM_SIDE`."""
+    if min(restored.shape[2:]) < MS_SSIM_SIDE:
         return None
     # Twice as fast on a CPU in this layout.
     layout = torch.channels_last

@@ -14,6 +14,7 @@ Shape legend: B batch, H and W rows and columns of pixels.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from percov2.efficientnet import EfficientNetLite
+from percov2.training.checkpoint_weights import read_weights
+from percov2.training.checkpointing import compare_shapes, shapes_of
 from percov2.training.optimization import Optimization
 
 LEVEL_CHANNELS = (32, 24, 40, 112, 320)
@@ -77,10 +80,13 @@ class Adversary(nn.Module):
         refiner_width: of a `percov2.analysis.refiner.Refiner` that the light autoencoder's decoder
             gets, if it has none; 0 adds none.
         channels: of a head, at most.
+        start: checkpoint of an earlier run with an adversary, whose discriminator goes on; None
+            begins a new one, which tells little in its first 200 steps.
 
     Raises:
         ValueError: EfficientNet-Lite0's packages are not installed; steps < 1, a negative weight,
-            or a refiner for a decoder that does not learn.
+            a refiner for a decoder that does not learn, or a checkpoint without such a
+            discriminator.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Adversary(nn.Module):
         train_decoder: bool,
         refiner_width: int = 0,
         channels: int = 64,
+        start: Path | None = None,
     ) -> None:
         super().__init__()
         weights = {
@@ -122,11 +129,25 @@ class Adversary(nn.Module):
         self.pattern_weight, self.detail_weight = pattern_weight, detail_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
         self.heads = nn.ModuleList(_head(n, min(n, channels)) for n in LEVEL_CHANNELS)
+        if start is not None:
+            self._go_on_from(start)
         try:
             # In a list: frozen weights belong neither to checkpoints nor to what a strategy shards.
             self._network = [EfficientNetLite(0).to(memory_format=torch.channels_last)]
         except ModuleNotFoundError as error:
             raise ValueError(f"an adversary needs EfficientNet-Lite0: {error}") from error
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        """Take over the discriminator of a checkpoint of `percov2.training.FlowStage`."""
+        prefix = "adversary.heads."
+        weights = {
+            name.removeprefix(prefix): weight
+            for name, weight in read_weights(checkpoint, "trained").items()
+            if name.startswith(prefix)
+        }
+        expected = shapes_of(self.heads.state_dict())
+        compare_shapes(checkpoint, shapes_of(weights), expected, stage="discriminator")
+        self.heads.load_state_dict(weights)
 
     def forward(self, painted: Tensor, original: Tensor) -> AdversarialLosses:
         """Pictures (B, 3, H, W) in [-1, 1] to the losses; gradients as `AdversarialLosses` says."""

