@@ -75,17 +75,13 @@ class MsSsim:
 
     def __call__(self, original: Original, restored: Tensor) -> float | None:
         """See `PairMetric`."""
-        return ms_ssim(original.pixels, restored)
-
-
-def ms_ssim(original: Tensor, restored: Tensor) -> float | None:
-    """MS-SSIM of two pictures (1, 3, H, W) in [0, 1]; None below `MS_SSIM_SIDE`."""
-    if min(restored.shape[2:]) < MS_SSIM_SIDE:
-        return None
-    # Twice as fast on a CPU in this layout.
-    layout = torch.channels_last
-    pair = (restored.contiguous(memory_format=layout), original.contiguous(memory_format=layout))
-    return float(multiscale_structural_similarity_index_measure(*pair, data_range=1.0))
+        if min(restored.shape[2:]) < MS_SSIM_SIDE:
+            return None
+        # Twice as fast on a CPU in this layout.
+        layout = torch.channels_last
+        preds = restored.contiguous(memory_format=layout)
+        target = original.pixels.contiguous(memory_format=layout)
+        return float(multiscale_structural_similarity_index_measure(preds, target, data_range=1.0))
 
 
 class GradientEnergy:

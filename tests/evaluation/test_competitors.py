@@ -12,7 +12,7 @@ from percov2.evaluation.competitors import (
     FormatCandidate,
     parse_rate,
 )
-from percov2.evaluation.pixel_metrics import Original, Psnr, ms_ssim
+from percov2.evaluation.pixel_metrics import MsSsim, Original, Psnr
 from percov2.evaluation.weights import AbsentError
 from tests.evaluation.pictures import make_picture, pixels_of
 
@@ -61,7 +61,8 @@ def test_rate_that_cannot_be_reached_is_marked(name: str) -> None:
 def test_nothing_that_fits_is_better() -> None:
     candidate, image, target = _candidate("webp"), make_picture(2, SIZE), 600
     encoded = candidate.encode(image, "", target)
-    chosen = ms_ssim(pixels_of(image), pixels_of(candidate.decode(encoded.data, SIZE)))
+    original, ms_ssim = Original(pixels=pixels_of(image), caption=None), MsSsim()
+    chosen = ms_ssim(original, pixels_of(candidate.decode(encoded.data, SIZE)))
     assert chosen is not None
     values = []
     for scale in SCALES:
@@ -72,7 +73,7 @@ def test_nothing_that_fits_is_better() -> None:
             reduced.save(file, "WEBP", quality=quality, method=6)
             if len(file.getvalue()) <= target:
                 restored = candidate.decode(file.getvalue(), SIZE)
-                value = ms_ssim(pixels_of(image), pixels_of(restored))
+                value = ms_ssim(original, pixels_of(restored))
                 assert value is not None
                 values.append(value)
     assert len(values) > 3

@@ -207,7 +207,7 @@ def test_discriminator_of_an_earlier_run_goes_on(stage: Stage, tmp_path: Path) -
 
 def test_refuses_a_checkpoint_without_its_discriminator(tmp_path: Path) -> None:
     torch.save({"state_dict": {"transformer.weight": torch.zeros(1)}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last.ckpt is of another .* configured discriminator"):
+    with pytest.raises(ValueError, match=r"last\.ckpt is of another .* configured discriminator"):
         adversary(start=tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"missing\.ckpt is not a checkpoint"):
         adversary(start=tmp_path / "missing.ckpt")
