@@ -30,7 +30,10 @@ def read_weights(checkpoint: Path, which: Which) -> dict[str, Tensor]:
         ValueError: damaged, no checkpoint of `percov2.fit`, or without the average.
     """
     if which == "average" and not has_average(checkpoint):
-        raise ValueError(f"{checkpoint} holds no average: choose --weights trained")
+        raise ValueError(
+            f"{checkpoint} holds no average, since no WeightEMA trained with it: choose the "
+            "trained weights"
+        )
     if checkpoint.is_dir():
         return _merge_shards(checkpoint, which)
     state = read_checkpoint(checkpoint)
