@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import pickle
+import os
 import socket
 import tempfile
 import warnings
@@ -11,19 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from percov2.files import DAMAGED_WEIGHTS
 from percov2.messages import first_line
 
 _SECONDS_TO_CONNECT = 20.0
-# No network: URLError, an OSError, or what a broken connection raises. A file of another network
-# or a damaged one: RuntimeError, ValueError, or what unpickling raises.
-_FAILURES = (
-    OSError,
-    http.client.HTTPException,
-    RuntimeError,
-    ValueError,
-    pickle.UnpicklingError,
-    EOFError,
-)
+# No network: URLError, an OSError, or what a broken connection raises.
+_FAILURES = (http.client.HTTPException, *DAMAGED_WEIGHTS)
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class AbsentError(Exception):
@@ -33,6 +27,9 @@ class AbsentError(Exception):
 @contextmanager
 def weights_from(folder: Path | None, what: str) -> Iterator[None]:
     """Have torch's hub read and write its files in a folder while the block runs.
+
+    Files load as weights only, whatever the caller asks for: torchvision and torch-fidelity would
+    unpickle objects, and so run code that a file brings with it.
 
     Args:
         folder: holds files under the names that the hub gives them, for instance
@@ -45,11 +42,13 @@ def weights_from(folder: Path | None, what: str) -> Iterator[None]:
     import torch
 
     before, timeout = torch.hub.get_dir(), socket.getdefaulttimeout()
+    forced = os.environ.get(_WEIGHTS_ONLY)
     with tempfile.TemporaryDirectory() as hub:
         if folder is not None:
             (Path(hub) / "checkpoints").symlink_to(folder.resolve(), target_is_directory=True)
             torch.hub.set_dir(hub)
         socket.setdefaulttimeout(_SECONDS_TO_CONNECT)  # a host that swallows packets is no answer
+        os.environ[_WEIGHTS_ONLY] = "1"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torchvision's about the way it is called
@@ -63,3 +62,7 @@ def weights_from(folder: Path | None, what: str) -> Iterator[None]:
             if folder is not None:
                 torch.hub.set_dir(before)
             socket.setdefaulttimeout(timeout)
+            if forced is None:
+                del os.environ[_WEIGHTS_ONLY]
+            else:
+                os.environ[_WEIGHTS_ONLY] = forced

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from fsspec.utils import get_protocol
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 
-from percov2.files import atomic_path
+from percov2.files import DAMAGED_WEIGHTS, atomic_path
 from percov2.messages import one_line
 
 SUFFIX = ".ckpt"
@@ -240,8 +239,9 @@ def read_checkpoint(path: Path, *, meta: bool = False) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(
             path, map_location="meta" if meta else "cpu", mmap=True, weights_only=True
         )
-        assert isinstance(state["state_dict"], dict)
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        if not isinstance(state["state_dict"], dict):
+            raise TypeError("its state_dict is none")
+    except (*DAMAGED_WEIGHTS, TypeError) as error:
         reason = one_line(error).split(". ")[0]
         raise ValueError(
             f"{path} is not a checkpoint of percov2.fit, or a damaged one ({reason}): choose "

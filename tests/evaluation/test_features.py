@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from percov2.evaluation.features import (
 )
 from percov2.evaluation.weights import AbsentError
 from tests.evaluation.pictures import TinyFeatures
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
 @pytest.fixture
@@ -118,9 +121,35 @@ def test_networks_that_are_not_to_be_had_are_absent(
     monkeypatch.setattr("socket.getaddrinfo", _no_network)
     with pytest.raises(AbsentError, match=r"FID's Inception network are neither in .* nor to be"):
         inception(tmp_path, "cpu")
-    (tmp_path / "weights-inception-2015-12-05-6726825d.pth").write_bytes(b"damaged")
+    (tmp_path / INCEPTION).write_bytes(b"hello")
     with pytest.raises(AbsentError, match="Inception"):
         inception(tmp_path, "cpu")
+
+
+class _Code:
+    """Pickled, it makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("forced", [None, "0"])
+def test_weights_run_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: str | None
+) -> None:
+    pytest.importorskip("torch_fidelity")
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    monkeypatch.delenv(name, raising=False)
+    if forced is not None:
+        monkeypatch.setenv(name, forced)
+    torch.save({"weight": _Code(tmp_path / "made")}, tmp_path / INCEPTION)
+    with pytest.raises(AbsentError, match=r"Inception.*Weights only load failed"):
+        inception(tmp_path, "cpu")
+    assert not (tmp_path / "made").exists()
+    assert os.environ.get(name) == forced
 
 
 def _no_network(*_: object, **__: object) -> None:
@@ -130,13 +159,12 @@ def _no_network(*_: object, **__: object) -> None:
 @pytest.mark.slow
 def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    name = "weights-inception-2015-12-05-6726825d.pth"
     with monkeypatch.context() as patch:  # a network with random weights, to be saved
         patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(nn.Module, "load_state_dict", lambda *_, **__: None)
         torch.manual_seed(0)
         random = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-    torch.save(random.state_dict(), tmp_path / name)
+    torch.save(random.state_dict(), tmp_path / INCEPTION)
     images = torch.randint(0, 256, (2, 3, 64, 80), dtype=torch.uint8)
     found = inception(tmp_path, "cpu")(images)
     assert found.shape == (2, 2048)

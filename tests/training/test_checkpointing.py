@@ -199,6 +199,13 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, content: bytes | None)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("content", [3, [], {}, {"state_dict": 3}])
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"damaged.*choose another"):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_weights_of_another_model_are_named() -> None:
     found = {"a": (1,), "b": (2, 3), "old": (1,)}
     expected = {"a": (1,), "b": (2, 4), "x": (1,), "y": (1,), "z": (1,)}
