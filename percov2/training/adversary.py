@@ -33,6 +33,10 @@ LEVEL_CHANNELS = (32, 24, 40, 112, 320)
 WINDOW = 16
 """Rows and columns of pixels in which features are compared by their statistics."""
 
+CELLS = 4
+"""Rows and columns of a map's cells in a window, at least: a deep feature compared cell by cell
+would have to be at its place, where no file of this size could tell it to be."""
+
 BANDS = 3
 """Octaves of detail whose strength is compared, from the finest."""
 
@@ -212,16 +216,13 @@ def wasserstein_distortion(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Mean squared difference of local means and standard deviations, a scalar.
 
     Args:
-        a: maps (B, K, H / s, W / s) of halving resolution, s = 1, 2, 4 ...; where a window is a
-            single cell, the maps themselves are compared.
+        a: maps (B, K, H / s, W / s) of halving resolution, s = 1, 2, 4 ...; windows are of WINDOW
+            pixels, of CELLS cells at least, and never larger than the map.
         b: maps of the same shapes.
     """
     distances = []
     for level, (one, other) in enumerate(zip(a, b, strict=True)):
-        cells = WINDOW >> level
-        if cells < 2:
-            distances.append(F.mse_loss(one, other))
-            continue
+        cells = min(max(WINDOW >> level, CELLS), *one.shape[2:])
         means, deviations = zip(*(_local_moments(x, cells) for x in (one, other)), strict=True)
         distances.append(F.mse_loss(*means) + F.mse_loss(*deviations))
     return torch.stack(distances).mean()
@@ -229,8 +230,9 @@ def wasserstein_distortion(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 def _local_moments(level: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation in windows of cells x cells that overlap by half."""
-    mean = F.avg_pool2d(level, cells, stride=cells // 2)
-    variance = F.avg_pool2d(level.square(), cells, stride=cells // 2) - mean.square()
+    stride = max(cells // 2, 1)
+    mean = F.avg_pool2d(level, cells, stride=stride)
+    variance = F.avg_pool2d(level.square(), cells, stride=stride) - mean.square()
     # The root's slope has no bound at zero.
     return mean, (variance.clamp_min(0) + 1e-2).sqrt()
 

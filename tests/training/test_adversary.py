@@ -128,13 +128,20 @@ def test_distortion_is_that_of_its_definition() -> None:
     assert float(wasserstein_distortion([one], [other])) == pytest.approx(expected, rel=1e-4)
 
 
-def test_single_cells_are_compared_one_by_one() -> None:
-    levels = [torch.zeros(1, 1, 64 >> level, 64 >> level) for level in range(6)]
-    for level in (4, 5):
-        changed = [*levels]
-        changed[level] = pictures(1)[:1, :1, : 64 >> level, : 64 >> level]
-        expected = float(changed[level].square().mean()) / 6
-        assert float(wasserstein_distortion(changed, levels)) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize(
+    ("level", "cells"), [(0, 16), (1, 8), (2, 4), (3, 4), (4, 4), (5, 2), (6, 1)]
+)
+def test_windows_have_four_cells_at_least_where_the_map_has_them(level: int, cells: int) -> None:
+    """What changes one cell in the corner is told by the corner's window alone."""
+    levels = [torch.zeros(1, 1, 64 >> n, 64 >> n) for n in range(7)]
+    changed = [*levels]
+    changed[level] = levels[level].clone()
+    changed[level][..., 0, 0] = 3.0
+    mean = 3 / cells**2
+    deviation = (9 / cells**2 - mean**2 + 1e-2) ** 0.5 - 0.1
+    windows = max((64 >> level) // max(cells // 2, 1) - 1, 1) ** 2
+    expected = (mean**2 + deviation**2) / windows / len(levels)
+    assert float(wasserstein_distortion(changed, levels)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_total_weighs_every_term() -> None:
