@@ -85,7 +85,7 @@ train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards 
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml \
 		--config configs/tiny/masked_joint.yaml
 	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
-		--config configs/tiny/settle.yaml
+		--config configs/tiny/joint.yaml --config configs/tiny/settle.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
 	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml \
 		--config configs/tiny/masked.yaml --config configs/tiny/low/masked.yaml

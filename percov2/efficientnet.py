@@ -43,6 +43,19 @@ class EfficientNetLite(nn.Module):
         features: Tensor = self.network.extract_features(_normalised(images))
         return features.mean((2, 3))
 
+    def last(self, coarsest: Tensor) -> Tensor:
+        """The coarsest map of `pyramid` to the last features, at the same resolution.
+
+        Args:
+            coarsest: (N, K, h, w), of K channels.
+
+        Returns:
+            (N, 1280, h, w), whose mean over a whole picture is `pooled`.
+        """
+        net = self.network
+        features: Tensor = net._swish(net._bn1(net._conv_head(coarsest)))
+        return features
+
     def pyramid(self, images: Tensor) -> list[Tensor]:
         """Pictures (N, 3, H, W) in [0, 255] to the last features of each resolution.
 

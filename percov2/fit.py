@@ -32,6 +32,7 @@ class Variables:
         autoencoder: directory with an autoencoder (stage 1).
         tokenizer: stage 1 directory (stage 2, and stage 1 that retrains a masked transformer).
         start: model directory that is trained on from (stage 2).
+        discriminator: checkpoint whose discriminator goes on (stage 2 with an adversary).
         name: of the model (stage 2).
         schedule: of the token groups.
         reduction: latents per token along an axis (stage 1).
@@ -47,6 +48,7 @@ class Variables:
     autoencoder: str | None = None
     tokenizer: str | None = None
     start: str | None = None
+    discriminator: str | None = None
     name: str | None = None
     schedule: str | None = None
     reduction: int | None = None

@@ -25,10 +25,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 from percov2.efficientnet import EfficientNetLite
 from percov2.training.checkpoint_weights import read_weights
 from percov2.training.checkpointing import compare_shapes, shapes_of
+from percov2.training.feature_moments import FeatureMoments
 from percov2.training.optimization import Optimization
 
 LEVEL_CHANNELS = (32, 24, 40, 112, 320)
 """Channels of EfficientNet-Lite0's maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the resolution."""
+
+LAST_FEATURES = 1280
+"""Channels of its last features."""
 
 WINDOW = 16
 """Rows and columns of pixels in which features are compared by their statistics."""
@@ -36,6 +40,9 @@ WINDOW = 16
 CELLS = 4
 """Rows and columns of a map's cells in a window, at least: a deep feature compared cell by cell
 would have to be at its place, where no file of this size could tell it to be."""
+
+LAYOUT = 8
+"""Rows and columns of pixels whose mean colour counts by itself."""
 
 BANDS = 3
 """Octaves of detail whose strength is compared, from the finest."""
@@ -49,10 +56,14 @@ class AdversarialLosses(NamedTuple):
 
     Attributes:
         pixels: mean squared difference of the pixels, to be lowered by the painter.
+        layout: the same of pictures reduced to the means of LAYOUT x LAYOUT pixels: features and
+            discriminator hardly see that a surface has the wrong colour, or several.
         pattern: `pattern_distance`, to be lowered by the painter.
         detail: `detail_distance`, to be lowered by the painter.
         features: Wasserstein distortion of standardised features, to be lowered by the painter:
             squared differences of means and standard deviations in overlapping windows.
+        moments: see `percov2.training.feature_moments.FeatureMoments`, of the last features' means
+            in windows of CELLS x CELLS cells; to be lowered by the painter.
         realism: minus the discriminator's opinion of the painted pictures, to be lowered by the
             painter; has no gradient to the discriminator.
         discriminator: hinge loss, to be lowered by the discriminator; has no gradient to the
@@ -60,9 +71,11 @@ class AdversarialLosses(NamedTuple):
     """
 
     pixels: Tensor
+    layout: Tensor
     pattern: Tensor
     detail: Tensor
     features: Tensor
+    moments: Tensor
     realism: Tensor
     discriminator: Tensor
 
@@ -74,9 +87,11 @@ class Adversary(nn.Module):
         steps: sampling steps that the flow learns to paint in; training times are their grid's.
         flow_weight: of the flow's own squared error of the latents.
         pixel_weight: of the squared error of the pixels, in [-1, 1].
+        layout_weight: of `AdversarialLosses.layout`.
         pattern_weight: of `AdversarialLosses.pattern`.
         detail_weight: of `AdversarialLosses.detail`.
         feature_weight: of `AdversarialLosses.features`.
+        moments_weight: of `AdversarialLosses.moments`.
         realism_weight: of `AdversarialLosses.realism`.
         optimization: of the discriminator.
         train_decoder: whether the autoencoder's decoder learns too. A light autoencoder blurs
@@ -99,9 +114,11 @@ class Adversary(nn.Module):
         steps: int,
         flow_weight: float,
         pixel_weight: float,
+        layout_weight: float,
         pattern_weight: float,
         detail_weight: float,
         feature_weight: float,
+        moments_weight: float,
         realism_weight: float,
         optimization: Optimization,
         train_decoder: bool,
@@ -113,9 +130,11 @@ class Adversary(nn.Module):
         weights = {
             "flow_weight": flow_weight,
             "pixel_weight": pixel_weight,
+            "layout_weight": layout_weight,
             "pattern_weight": pattern_weight,
             "detail_weight": detail_weight,
             "feature_weight": feature_weight,
+            "moments_weight": moments_weight,
             "realism_weight": realism_weight,
         }
         if steps < 1:
@@ -130,8 +149,10 @@ class Adversary(nn.Module):
         self.refiner_width = refiner_width
         self.steps, self.optimization, self.train_decoder = steps, optimization, train_decoder
         self.flow_weight, self.pixel_weight = flow_weight, pixel_weight
+        self.layout_weight = layout_weight
         self.pattern_weight, self.detail_weight = pattern_weight, detail_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
+        self.moments_weight, self.moments = moments_weight, FeatureMoments(LAST_FEATURES)
         self.heads = nn.ModuleList(_head(n, min(n, channels)) for n in LEVEL_CHANNELS)
         if start is not None:
             self._go_on_from(start)
@@ -157,13 +178,15 @@ class Adversary(nn.Module):
         """Pictures (B, 3, H, W) in [-1, 1] to the losses; gradients as `AdversarialLosses` says."""
         with torch.no_grad():
             real = [_edges(original), *self._features(original)]
+            last = self._last(real[-1])
         fake = [_edges(painted), *self._features(painted)]
+        moments = self.moments(self._last(fake[-1]), last)
         # In units of the batch's originals: no level, and no channel, drowns the others.
-        moments = [torch.std_mean(level, dim=(0, 2, 3), keepdim=True) for level in real]
+        units = [torch.std_mean(level, dim=(0, 2, 3), keepdim=True) for level in real]
         real, fake = (
             [
                 (level - mean) / (std + 1e-3)
-                for level, (std, mean) in zip(levels, moments, strict=True)
+                for level, (std, mean) in zip(levels, units, strict=True)
             ]
             for levels in (real, fake)
         )
@@ -175,9 +198,11 @@ class Adversary(nn.Module):
         detached = [level.detach() for level in fake]
         return AdversarialLosses(
             pixels=F.mse_loss(painted, original),
+            layout=F.mse_loss(*(F.avg_pool2d(x, LAYOUT) for x in (painted, original))),
             pattern=pattern_distance(painted, original),
             detail=detail_distance(painted, original),
             features=features,
+            moments=moments,
             realism=realism,
             discriminator=self._hinge(real, 1) + self._hinge(detached, -1),
         )
@@ -192,9 +217,11 @@ class Adversary(nn.Module):
         return (
             self.flow_weight * flow
             + self.pixel_weight * losses.pixels
+            + self.layout_weight * losses.layout
             + self.pattern_weight * losses.pattern
             + self.detail_weight * losses.detail
             + self.feature_weight * losses.features
+            + self.moments_weight * losses.moments
             + self.realism_weight * losses.realism
             + losses.discriminator
         )
@@ -202,7 +229,16 @@ class Adversary(nn.Module):
     def _features(self, pictures: Tensor) -> list[Tensor]:
         network = self._network[0].to(pictures.device)
         pictures = (pictures.float() + 1) * 127.5
-        return network.pyramid(pictures.contiguous(memory_format=torch.channels_last))
+        levels = network.pyramid(pictures.contiguous(memory_format=torch.channels_last))
+        # Under autocast they come in half precision, in which a variance would drown in rounding.
+        return [level.float() for level in levels]
+
+    def _last(self, coarsest: Tensor) -> Tensor:
+        """The last features' means in overlapping windows, (windows, LAST_FEATURES)."""
+        found = self._network[0].last(coarsest).float()
+        cells = min(CELLS, *found.shape[2:])
+        windows = F.avg_pool2d(found, cells, stride=max(1, cells - 1))
+        return windows.movedim(1, -1).flatten(0, 2)
 
     def _opinions(self, levels: list[Tensor]) -> list[Tensor]:
         return [head(level) for head, level in zip(self.heads, levels, strict=True)]

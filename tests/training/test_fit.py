@@ -61,6 +61,10 @@ class Run:
         """The directory that a run exported."""
         return self.root / name / "model"
 
+    def discriminator(self, name: str) -> str:
+        """The option of a run that goes on with another run's discriminator."""
+        return f"--vars.discriminator={self.root / name / 'checkpoints' / 'last.ckpt'}"
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Run:
@@ -77,13 +81,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
     decoder = "--model.adversary.init_args.train_decoder=true"
     run.fit(adversarial, "adv", 2, tokenizer, f"--vars.start={run.model('s2')}", decoder)
     start = f"--vars.start={run.model('adv')}"
-    run.fit([*adversarial, "joint.yaml"], "joint", 2, start, decoder)
+    run.fit([*adversarial, "joint.yaml"], "joint", 2, start, run.discriminator("adv"))
     tokenizer = f"--vars.tokenizer={run.model('joint')}"
     overlays = ["stage1.yaml", "masked.yaml", "masked_joint.yaml"]
     run.fit(overlays, "joint-masked", 2, tokenizer, *ENTROPY)
     tokenizer = f"--vars.tokenizer={run.model('joint-masked')}"
     start = f"--vars.start={run.model('joint')}"
-    run.fit([*adversarial, "settle.yaml"], "settle", 2, tokenizer, start, decoder)
+    overlays = [*adversarial, "joint.yaml", "settle.yaml"]
+    run.fit(overlays, "settle", 2, tokenizer, start, run.discriminator("joint"))
     adversarial.append("low/adversarial.yaml")
     tokenizer = f"--vars.tokenizer={run.model('s1-low')}"
     run.fit(adversarial, "adv-low", 2, tokenizer, f"--vars.start={run.model('adv')}")
