@@ -33,8 +33,8 @@ def test_the_hub_reads_the_front_matter(directory: Path) -> None:
 def test_a_card_says_what_a_user_needs(directory: Path) -> None:
     text = write_model_card(directory, model="me/tiny").read_text(encoding="utf-8")
     summary = ModelSummary.read(directory)
-    # 512 codes are 9 bits per 16x16 pixels.
-    for fact in (f"{summary.model_id:#06x}", "`quincunx`", "0.0352 bpp", "9 bits", "16x16"):
+    # 1,024 codes are 10 bits per 16x16 pixels.
+    for fact in (f"{summary.model_id:#06x}", "`quincunx`", "0.0391 bpp", "10 bits", "16x16"):
         assert fact in text
     assert "# tiny\n" in text
     assert "--model me/tiny" in text

@@ -198,7 +198,7 @@ class Adversary(nn.Module):
         detached = [level.detach() for level in fake]
         return AdversarialLosses(
             pixels=F.mse_loss(painted, original),
-            layout=F.mse_loss(*(F.avg_pool2d(x, LAYOUT) for x in (painted, original))),
+            layout=F.mse_loss(F.avg_pool2d(painted, LAYOUT), F.avg_pool2d(original, LAYOUT)),
             pattern=pattern_distance(painted, original),
             detail=detail_distance(painted, original),
             features=features,

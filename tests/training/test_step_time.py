@@ -29,7 +29,7 @@ def test_it_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_the_made_up_tokenizer_has_the_shipped_sizes(tmp_path: Path) -> None:
     step_time.write_tokenizer(tmp_path)
     parts = step_time.TokenizerComponents.load(tmp_path)
-    assert parts.quantizer.codebook_size == 512
+    assert parts.quantizer.codebook_size == 1024
     assert parts.autoencoder.latent_channels == 16
 
 
