@@ -5,8 +5,9 @@
 For each model: bits per token of every schedule group from real payloads; the saving against
 log2(V) bits and against the zero-order entropy of the tokens of *other* pictures (``--held-out``);
 what the integers cost against the float model; seconds; rate and quality of hybrid mode for every
-number of groups (``--hybrid``, which paints) and of rate weights (``--rate-weights``, likewise).
-Tokens are chosen with the model's own rate weight; ``--nearest`` takes the nearest codes.
+number of groups (``--hybrid``, which paints), of rate weights (``--rate-weights``, likewise) and
+of colour weights. Tokens are chosen by the model's own weights; ``--nearest`` takes the nearest
+codes.
 Schedules are compared by ``benchmarks.schedules``.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 import percov2
@@ -36,9 +38,13 @@ from percov2.files import list_images
 from percov2.images import read_image
 
 
-def grids_of(codec: Codec, folder: Path, rate_weight: float | None) -> list[Tokens]:
+def grids_of(codec: Codec, folder: Path, *, nearest: bool) -> list[Tokens]:
     """Tokens of all pictures of a folder."""
-    return [codec.encode_tokens(path, rate_weight=rate_weight) for path in list_images(folder)]
+    weight = 0.0 if nearest else None
+    return [
+        codec.encode_tokens(path, rate_weight=weight, color_weight=weight)
+        for path in list_images(folder)
+    ]
 
 
 def cross_entropy(grids: list[Tokens], others: list[Tokens], codes: int) -> float:
@@ -161,8 +167,8 @@ Points = list[tuple[str, float, float]]
 
 def painted(codec: Codec, paths: list[Path], option: str, values: list[Any]) -> Points:
     """Print mean rate and quality of streams for every value of an option of `compress`."""
-    cells = "bytes | bpp | PSNR (dB) | gradient energy"
-    print(f"| {codec.config.name}: {option} | {cells} |\n|---|---|---|---|---|")
+    cells = "bytes | bpp | PSNR (dB) | gradient energy | squared error of 16x16 means"
+    print(f"| {codec.config.name}: {option} | {cells} |\n|---|---|---|---|---|---|")
     points = []
     for value in values:
         rows = []
@@ -174,9 +180,12 @@ def painted(codec: Codec, paths: list[Path], option: str, values: list[Any]) -> 
             )
             psnr = float(peak_signal_noise_ratio(restored, original, data_range=1.0))
             energy = gradient_energy(restored) / gradient_energy(original)
-            rows.append((len(data), 8 * len(data) / (image.width * image.height), psnr, energy))
-        size, bpp, psnr, energy = np.mean(rows, 0)
-        print(f"| {value:g} | {size:.0f} | {bpp:.4f} | {psnr:.2f} | {energy:.2f} |", flush=True)
+            bpp = 8 * len(data) / (image.width * image.height)
+            color = float(avg_pool2d(255 * (restored - original), 16).square().mean())
+            rows.append((len(data), bpp, psnr, energy, color))
+        size, bpp, psnr, energy, color = np.mean(rows, 0)
+        cells = f"{size:.0f} | {bpp:.4f} | {psnr:.2f} | {energy:.2f} | {color:.1f}"
+        print(f"| {value:g} | {cells} |", flush=True)
         points.append((f"{value:g}", float(bpp), float(psnr)))
     print()
     return points
@@ -212,29 +221,36 @@ def main() -> None:
     parser.add_argument(
         "--rate-weights", nargs="*", type=float, default=[], metavar="W", help="paint with each"
     )
+    parser.add_argument(
+        "--color-weights", nargs="*", type=float, default=[], metavar="W", help="likewise"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="rate and PSNR of the painted")
     args = parser.parse_args()
-    if args.plot and not (args.hybrid or args.rate_weights):
-        parser.error("--plot needs --hybrid or --rate-weights: nothing is painted")
+    if args.plot and not (args.hybrid or args.rate_weights or args.color_weights):
+        parser.error("--plot needs --hybrid or weights: nothing is painted")
     encode, decode = coder_milliseconds()
     print(f"range coder alone, 1,536 symbols of 256: {encode:.1f} ms and {decode:.1f} ms\n")
     curves: dict[str, Points] = {}
     for model in args.model:
         codec = percov2.load(model)
         parts, schedule = codec.components.tokenizer, codec.config.schedule
-        weight = 0.0 if args.nearest else None
-        held_out = None if args.held_out is None else grids_of(codec, args.held_out, weight)
-        grids = grids_of(codec, args.data, weight)
+        nearest, held_out = args.nearest, None
+        if args.held_out is not None:
+            held_out = grids_of(codec, args.held_out, nearest=nearest)
+        grids = grids_of(codec, args.data, nearest=nearest)
         measure(model, parts, schedule, grids, held_out)
         paths = list_images(args.data)
         if args.hybrid:
             total = min(codec.summary.steps_total(*read_image(path)[0].size) for path in paths)
             steps = list(range(1, total + 1))
             curves[f"{model}, groups sent"] = painted(codec, paths, "schedule_steps", steps)
-        if args.rate_weights:
-            curves[f"{model}, rate weight"] = painted(
-                codec, paths, "rate_weight", args.rate_weights
-            )
+        for option, values in (
+            ("rate_weight", args.rate_weights),
+            ("color_weight", args.color_weights),
+        ):
+            if values:
+                label = f"{model}, {option.replace('_', ' ')}"
+                curves[label] = painted(codec, paths, option, values)
     if args.plot:
         draw(curves, args.plot)
 

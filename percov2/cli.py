@@ -127,8 +127,15 @@ def _add_compress(commands: Any) -> None:
         "--rate-weight",
         type=float,
         metavar="W",
-        help="how much similarity a bit is worth in the choice of a token; 0 takes the nearest "
-        "code; with --max-bytes the first one tried (default: the model's)",
+        help="how much similarity a bit is worth in the choice of a token; 0 ignores bits; with "
+        "--max-bytes the first one tried (default: the model's)",
+    )
+    parser.add_argument(
+        "--color-weight",
+        type=float,
+        metavar="W",
+        help="how much similarity an error of the decoded colour is worth in that choice; 0 "
+        "ignores it (default: the model's)",
     )
     parser.add_argument(
         "--entropy",
@@ -208,6 +215,7 @@ def _compress(args: argparse.Namespace) -> int:
             schedule_steps=args.schedule_steps,
             max_bytes=args.max_bytes,
             rate_weight=args.rate_weight,
+            color_weight=args.color_weight,
             uniform=args.entropy == "uniform",
         )
         with atomic_path(target) as temporary:

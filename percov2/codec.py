@@ -46,7 +46,7 @@ from percov2.data.transforms import image_to_tensor, tensor_to_image
 from percov2.entropy.caption_coder import CaptionCoder
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
 from percov2.entropy.schedules import num_groups
-from percov2.entropy.token_choice import check_rate_weight
+from percov2.entropy.token_choice import check_choice_weights
 from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.images import check_size, read_image, to_srgb
 from percov2.model_card import CARD_NAME, carry_texts, write_model_card
@@ -55,6 +55,7 @@ from percov2.rate_control import Content, first_that_fits
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
 from percov2.synthesis.sampler import Velocity, guided, sample, tiled
+from percov2.token_chooser import TokenChooser
 
 logger = logging.getLogger("percov2")
 
@@ -96,6 +97,7 @@ class Codec:
         self.offload = offload
         self.captioner: Captioner = NoCaptioner() if captioner is None else captioner
         parts = components.tokenizer
+        self._choose = TokenChooser(parts, schedule=self.config.schedule)
         for module in parts.modules().values():
             module.to(self.device).eval()
         if not offload:
@@ -194,6 +196,7 @@ class Codec:
         schedule_steps: int | None = None,
         max_bytes: int | None = None,
         rate_weight: float | None = None,
+        color_weight: float | None = None,
         uniform: bool = False,
     ) -> bytes:
         """Photograph to the bytes of a `.pcv2` file. The same input gives the same bytes.
@@ -207,19 +210,20 @@ class Codec:
                 tokens are chosen cheaper, then token groups are left out from the last one on;
                 see `percov2.rate_control`.
             rate_weight: similarity that a bit is worth in the choice of a token, with
-                ``max_bytes`` the first one tried; 0 takes the nearest code, None is the model's
-                default. See `percov2.entropy.token_choice`.
+                ``max_bytes`` the first one tried; 0 ignores bits, None is the model's default.
+                See `percov2.token_chooser`.
+            color_weight: similarity that an error of the decoded colour is worth; 0 ignores it,
+                None is the model's default. See there.
             uniform: code the tokens without the masked model (portable mode): larger, and
-                decodable with the codebook alone. The nearest codes are taken.
+                decodable with the codebook alone. Bits are ignored.
 
         Raises:
-            ValueError: not an image, its size, the caption, the steps, the rate weight, or
-                nothing fits.
+            ValueError: not an image, its size, the caption, the steps, a weight, or nothing fits.
         """
         schedule = "uniform" if uniform else self.config.schedule
         if rate_weight is None:
             rate_weight = 0.0 if uniform else self.config.rate_weight
-        check_rate_weight(rate_weight, schedule=schedule)
+        check_choice_weights(rate_weight=rate_weight, color_weight=0.0, schedule=schedule)
         picture = _to_picture(image)
         total = self.summary.steps_total(*picture.size)
         steps = total if schedule_steps is None else schedule_steps
@@ -232,7 +236,7 @@ class Codec:
 
         @cache
         def choose(weight: float) -> Tokens:
-            return self.encode_tokens(picture, rate_weight=weight)
+            return self.encode_tokens(picture, rate_weight=weight, color_weight=color_weight)
 
         def write(content: Content) -> bytes:
             tokens = choose(content.rate_weight)
@@ -289,22 +293,28 @@ class Codec:
         ).to_bytes()
 
     @torch.no_grad()
-    def encode_tokens(self, image: ImageInput, *, rate_weight: float | None = None) -> Tokens:
+    def encode_tokens(
+        self,
+        image: ImageInput,
+        *,
+        rate_weight: float | None = None,
+        color_weight: float | None = None,
+    ) -> Tokens:
         """Photograph to tokens (r, c), what `compress` entropy-codes unless it must fit a size.
 
         Args:
             image: see `compress`.
             rate_weight: likewise.
+            color_weight: likewise.
 
         Raises:
-            ValueError: not an image, its size, or the rate weight.
+            ValueError: not an image, its size, or a weight.
         """
-        parts = self.components.tokenizer
         padded = self._pad(image_to_tensor(_to_picture(image))[None]).to(self.device)
-        chosen = parts.tokens(
-            parts.autoencoder.encode(padded),
-            schedule=self.config.schedule,
+        chosen = self._choose(
+            self.components.tokenizer.autoencoder.encode(padded),
             rate_weight=self.config.rate_weight if rate_weight is None else rate_weight,
+            color_weight=self.config.color_weight if color_weight is None else color_weight,
         )
         tokens: Tokens = chosen[0].cpu().numpy()
         return tokens

@@ -28,7 +28,7 @@ from percov2.analysis.vector_quantizer import VectorQuantizer
 from percov2.entropy.integer_transformer import IntegerTransformer
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.schedules import SCHEDULES
-from percov2.entropy.token_choice import check_rate_weight, choose_tokens
+from percov2.entropy.token_choice import check_choice_weights
 from percov2.entropy.token_coder import TokenCoder
 from percov2.messages import one_line
 from percov2.model_store import INDEX_NAME
@@ -54,8 +54,9 @@ class CodecConfig:
         tiling: how large grids are painted.
         default_steps: sampling steps when the user names none.
         default_guidance: classifier-free guidance when the user names none; 1 is off.
-        rate_weight: of `percov2.entropy.token_choice.choose_tokens` when the user names none; 0,
-            the nearest codes, for models that were stored before there was one.
+        rate_weight: of `percov2.token_chooser.TokenChooser` when the user names none; 0 for
+            models that were stored before there was one.
+        color_weight: likewise.
 
     Raises:
         ValueError: a value out of range.
@@ -70,6 +71,7 @@ class CodecConfig:
     default_steps: int
     default_guidance: float
     rate_weight: float = 0.0
+    color_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -81,7 +83,9 @@ class CodecConfig:
                 f"default_steps {self.default_steps} must be at least 1 and default_guidance "
                 f"{self.default_guidance} at least 0"
             )
-        check_rate_weight(self.rate_weight, schedule=self.schedule)
+        check_choice_weights(
+            rate_weight=self.rate_weight, color_weight=self.color_weight, schedule=self.schedule
+        )
 
     def to_json(self) -> str:
         """Text of `model_index.json`."""
@@ -161,14 +165,6 @@ class TokenizerComponents:
             else IntegerTransformer(self.masked_transformer, device=device),
             schedule=schedule,
             codebook_size=self.quantizer.codebook_size,
-        )
-
-    @torch.no_grad()
-    def tokens(self, latents: torch.Tensor, *, schedule: str, rate_weight: float) -> torch.Tensor:
-        """Latents (B, C, h, w) to tokens (B, r, c), as `choose_tokens` chooses them."""
-        similarity = self.quantizer.similarity(self.hyper_encoder(latents))
-        return choose_tokens(
-            similarity, self.masked_transformer, schedule=schedule, rate_weight=rate_weight
         )
 
     def modules(self) -> dict[str, nn.Module]:

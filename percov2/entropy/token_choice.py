@@ -10,6 +10,7 @@ Shape legend: B batch, r and c token rows and columns, V codebook size.
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,27 +19,45 @@ from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.schedules import make_schedule, num_groups
 
 
-def check_rate_weight(rate_weight: float, *, schedule: str) -> None:
-    """Refuse a weight that cannot be one.
+class Feedback(Protocol):
+    """What else tells for or against a code, once earlier groups are chosen."""
+
+    def add_to(self, scores: Tensor, tokens: Tensor, here: Tensor) -> None:
+        """Change the scores (n, V) of the places ``here`` (B, r, c) in place."""
+
+
+def check_choice_weights(*, rate_weight: float, color_weight: float, schedule: str) -> None:
+    """Refuse weights that cannot be.
 
     Raises:
         ValueError: negative, infinite or not a number; or not 0 for the schedule ``uniform``, in
-            which all codes cost the same.
+            which all codes cost the same and no token follows another.
     """
-    if not 0 <= rate_weight < math.inf:
-        raise ValueError(f"rate_weight is {rate_weight}: it must be at least 0 and finite")
+    for name, weight in (("rate_weight", rate_weight), ("color_weight", color_weight)):
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight}: it must be at least 0 and finite")
     if rate_weight and schedule == "uniform":
         raise ValueError(
             f"rate_weight is {rate_weight}: without the masked model every code costs the same, "
             "leave it out"
         )
+    if color_weight and schedule == "uniform":
+        raise ValueError(
+            f"color_weight is {color_weight}: later tokens make up for earlier ones, and the "
+            "schedule uniform has one group only; leave it out"
+        )
 
 
 @torch.no_grad()
 def choose_tokens(
-    similarity: Tensor, model: MaskedTransformer, *, schedule: str, rate_weight: float
+    similarity: Tensor,
+    model: MaskedTransformer,
+    *,
+    schedule: str,
+    rate_weight: float,
+    feedback: Feedback | None = None,
 ) -> Tensor:
-    """The codes of largest similarity - rate_weight x bits, group after group.
+    """The codes of largest similarity - rate_weight x bits + feedback, group after group.
 
     Greedy: what a choice does to the bits of later groups is not looked at. The bits are those of
     the float model; the integers that code cost nearly the same.
@@ -47,26 +66,32 @@ def choose_tokens(
         similarity: (B, r, c, V), of every code with the vector at its place, in [-1, 1].
         model: gives the bits.
         schedule: that the tokens will be coded in.
-        rate_weight: similarity that a bit is worth; 0 takes the nearest codes.
+        rate_weight: similarity that a bit is worth, at least 0.
+        feedback: asked before the choice of each group; without it and with a rate weight of 0
+            the nearest codes are taken.
 
     Returns:
         (B, r, c) int64 tokens in [0, V).
 
     Raises:
-        ValueError: see `check_rate_weight`.
+        ValueError: see `check_choice_weights`.
     """
-    check_rate_weight(rate_weight, schedule=schedule)
+    check_choice_weights(rate_weight=rate_weight, color_weight=0.0, schedule=schedule)
     tokens = similarity.argmax(-1)
-    if not rate_weight:
+    if not rate_weight and feedback is None:
         return tokens
     order = make_schedule(schedule, *tokens.shape[1:])
     groups = torch.from_numpy(order.astype("int64")).to(tokens.device).expand_as(tokens)
-    for k in range(num_groups(order)):
-        here = groups == k
-        # The encoder computes in full precision: training must choose as it does.
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = model(tokens, groups < k, here).float()
-        # In place: with 8,192 codes a group of a large picture takes a gigabyte.
-        scores = logits.log_softmax(-1).mul_(rate_weight / math.log(2)).add_(similarity[here])
-        tokens[here] = scores.argmax(-1)
+    # The encoder computes in full precision: training must choose as it does.
+    with torch.autocast(tokens.device.type, enabled=False):
+        for k in range(num_groups(order)):
+            here = groups == k
+            scores = similarity[here]
+            if rate_weight:
+                logits = model(tokens, groups < k, here).float()
+                # In place: with 8,192 codes a group of a large picture takes a gigabyte.
+                scores.add_(logits.log_softmax(-1), alpha=rate_weight / math.log(2))
+            if feedback is not None:
+                feedback.add_to(scores, tokens, here)
+            tokens[here] = scores.argmax(-1)
     return tokens

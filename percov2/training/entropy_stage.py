@@ -23,6 +23,7 @@ from percov2.entropy.masked_transformer import (
 )
 from percov2.entropy.schedules import make_schedule
 from percov2.synthesis.latent_decoder import LatentDecoder
+from percov2.token_chooser import TokenChooser
 from percov2.training.autoencoder_stage import psnr
 from percov2.training.batches import image_of, latents_of
 from percov2.training.hub import local_copy
@@ -60,14 +61,16 @@ class EntropyStage(L.LightningModule):
         random_mask_share: share of samples with random instead of scheduled masks, in [0, 1].
         min_targets: of a sample with a scheduled mask, see `draw_training_masks`.
         rate_weight: with which the tokens of a frozen tokenizer are chosen, see
-            `percov2.entropy.token_choice`: those of the encoder that the masked transformer is for.
+            `percov2.token_chooser`: those of the encoder that the masked transformer is for.
+        color_weight: likewise.
         seed: of the masks.
         start: stage 1 directory whose hyper-encoder, quantiser and latent decoder are taken over,
             and the masked transformer too if its architecture is the same.
 
     Raises:
         ValueError: phases that leave a gap, a tokenizer that is neither trained nor taken over, a
-            ``start`` that is configured otherwise, or a rate weight for a tokenizer that learns.
+            ``start`` that is configured otherwise, or a weight of the choice of tokens for a
+            tokenizer that learns.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class EntropyStage(L.LightningModule):
         random_mask_share: float = 0.1,
         min_targets: int = 1,
         rate_weight: float = 0.0,
+        color_weight: float = 0.0,
         seed: int = 0,
         start: Path | None = None,
     ) -> None:
@@ -102,11 +106,12 @@ class EntropyStage(L.LightningModule):
                 f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
                 "nothing would be trained in between"
             )
-        if rate_weight and tokenizer_steps:
-            raise ValueError(
-                f"rate_weight is {rate_weight} and tokenizer_steps {tokenizer_steps}: tokens are "
-                "chosen by their bits once the tokenizer is frozen; set one of them 0"
-            )
+        for weight, value in (("rate_weight", rate_weight), ("color_weight", color_weight)):
+            if value and tokenizer_steps:
+                raise ValueError(
+                    f"{weight} is {value} and tokenizer_steps {tokenizer_steps}: tokens are chosen "
+                    "by weights once the tokenizer is frozen; set one of them 0"
+                )
         local = Path(autoencoder).is_dir()
         directory = Path(autoencoder) if local else local_copy(autoencoder, ["vae"])
         self.autoencoder = load_autoencoder(directory).requires_grad_(False)
@@ -118,7 +123,8 @@ class EntropyStage(L.LightningModule):
         self.tokenizer_steps, self.masked_steps_from = tokenizer_steps, masked_steps_from
         self.pixel_weight, self.commitment_weight = pixel_weight, commitment_weight
         self.random_mask_share, self.min_targets = random_mask_share, min_targets
-        self.rate_weight = rate_weight
+        self.rate_weight, self.color_weight = rate_weight, color_weight
+        self._choose = TokenChooser(self.components(), schedule=schedule)
         self._masked_started = False
         if start is not None:
             self._take_over(start)
@@ -190,7 +196,7 @@ class EntropyStage(L.LightningModule):
         if tokenizing:
             loss, tokens = self._tokenizer_loss(batch, latents)
         else:
-            tokens = self._chosen_tokens(latents)
+            tokens = self.choose_tokens(latents)
             loss = latents.new_zeros(())
         if self.global_step >= self.masked_steps_from:
             bits = self._masked_loss(tokens, batch["key"], step=self.global_step)
@@ -198,11 +204,9 @@ class EntropyStage(L.LightningModule):
             loss = loss + bits
         return loss
 
-    def _chosen_tokens(self, latents: Tensor) -> Tensor:
-        """Tokens (B, r, c), without moving the codebook."""
-        return self.components().tokens(
-            latents, schedule=self.schedule, rate_weight=self.rate_weight
-        )
+    def choose_tokens(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to tokens (B, r, c), without moving the codebook."""
+        return self._choose(latents, rate_weight=self.rate_weight, color_weight=self.color_weight)
 
     def on_validation_epoch_start(self) -> None:
         """Start the histogram of held-out tokens."""
@@ -213,7 +217,7 @@ class EntropyStage(L.LightningModule):
         """PSNR of the predicted latents; real bytes of the token streams."""
         image = image_of(batch, needed_by="validation")
         latents = latents_of(batch, self.autoencoder)
-        chosen = self._chosen_tokens(latents)
+        chosen = self.choose_tokens(latents)
         prediction = self.latent_decoder(self.quantizer.tokens_to_features(chosen))
         size = len(image)
         self.log("val/latent_mse", F.mse_loss(prediction, latents), batch_size=size, sync_dist=True)

@@ -19,6 +19,7 @@ from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict, predict_velocity
 from percov2.synthesis.sampler import Tiling, sample
 from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
+from percov2.token_chooser import TokenChooser
 from percov2.training.adaptation import Adaptation
 from percov2.training.adversary import Adversary
 from percov2.training.autoencoder_stage import psnr
@@ -78,7 +79,8 @@ class FlowStage(L.LightningModule):
         commitment_weight: of the quantiser's commitment loss, for a tokenizer that learns; 0 is
             PerCo's choice.
         rate_weight: with which tokens are chosen, in training and by the model's encoder; see
-            `percov2.entropy.token_choice`.
+            `percov2.token_chooser`.
+        color_weight: likewise; what codes decode to is measured when training begins.
         adversary: judges the decoded estimates of the data, for a flow that is to paint in a few
             steps; training times are then those of its sampling grid.
         validation_steps: sampling steps of the validation images.
@@ -87,7 +89,8 @@ class FlowStage(L.LightningModule):
 
     Raises:
         ValueError: parts that do not fit together; ``cached_text`` with text encoders that are
-            to learn or do not exist yet; a rate weight for a tokenizer that learns.
+            to learn or do not exist yet; a weight of the choice of tokens for a tokenizer that
+            learns.
     """
 
     def __init__(
@@ -112,17 +115,19 @@ class FlowStage(L.LightningModule):
         lpips_net: LpipsNet = "vgg",
         commitment_weight: float = 0.0,
         rate_weight: float = 0.0,
+        color_weight: float = 0.0,
         adversary: Adversary | None = None,
         validation_steps: int = 4,
         half: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if rate_weight and train_tokenizer:
-            raise ValueError(
-                f"rate_weight is {rate_weight} and train_tokenizer true: gradients pass to the "
-                "nearest code only; freeze the tokenizer, or train it with rate_weight 0"
-            )
+        for weight, value in (("rate_weight", rate_weight), ("color_weight", color_weight)):
+            if value and train_tokenizer:
+                raise ValueError(
+                    f"{weight} is {value} and train_tokenizer true: gradients pass to the nearest "
+                    f"code only; freeze the tokenizer, or train it with {weight} 0"
+                )
         parts = TokenizerComponents.load(tokenizer)
         self.autoencoder = parts.autoencoder.requires_grad_(False)
         trained = {"hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"}
@@ -153,7 +158,9 @@ class FlowStage(L.LightningModule):
             default_steps=default_steps,
             default_guidance=default_guidance,
             rate_weight=rate_weight,
+            color_weight=color_weight,
         )
+        self._choose = TokenChooser(parts, schedule=schedule)
         self.flow, self.optimization = flow, optimization
         self.lpips_weight = lpips_weight
         self.lpips = PerceptualLoss(lpips_net) if lpips_weight else None
@@ -196,14 +203,17 @@ class FlowStage(L.LightningModule):
                 tokens, features = quantized.tokens, quantized.features
                 commitment = quantized.commitment_loss
             else:
-                tokens = self.parts.tokens(
-                    latents,
-                    schedule=self.config.schedule,
-                    rate_weight=self.config.rate_weight,
-                )
+                tokens = self.choose_tokens(latents)
                 features = self.parts.quantizer.tokens_to_features(tokens)
                 commitment = latents.new_zeros(())
             return _Condition(tokens, *self.parts.latent_decoder.condition(features), commitment)
+
+    def choose_tokens(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) to tokens (B, r, c), as the model's encoder will choose them."""
+        config = self.config
+        return self._choose(
+            latents, rate_weight=config.rate_weight, color_weight=config.color_weight
+        )
 
     def _text(self, batch: Batch, dropped: list[bool]) -> TextCondition:
         """Text of the captions, cached or computed; that of an empty caption where dropped.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from percov2.components import TokenizerComponents
 from percov2.entropy.token_choice import choose_tokens
+from percov2.token_chooser import TokenChooser
 from percov2.training.callbacks import ExportModel, WeightEMA
 from percov2.training.callbacks.weight_ema import _trained
 from tests.tiny_codec import CODEBOOK_SIZE, tiny_tokenizer
@@ -43,23 +44,32 @@ def test_tokens_of_a_frozen_tokenizer_are_the_encoders_choice(tmp_path: Path) ->
     """Training and validation see the tokens that a codec with this rate weight would write."""
     stage = entropy_stage(tmp_path, tokenizer_steps=0, masked_from=0)
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    nearest = stage._chosen_tokens(latents)
+    nearest = stage.choose_tokens(latents)
     similarity = stage.quantizer.similarity(stage.hyper_encoder(latents))
     assert torch.equal(nearest, similarity.argmax(-1))
     stage.rate_weight = 0.05
-    chosen = stage._chosen_tokens(latents)
+    chosen = stage.choose_tokens(latents)
     expected = choose_tokens(
         similarity, stage.masked_transformer, schedule="quincunx", rate_weight=0.05
     )
     assert torch.equal(chosen, expected)
     assert not torch.equal(chosen, nearest)
-    with pytest.raises(ValueError, match=r"rate_weight is 0.1 and tokenizer_steps 10"):
+    stage.color_weight = 5.0
+    by_color = TokenChooser(stage.components(), schedule="quincunx")
+    expected = by_color(latents, rate_weight=0.05, color_weight=5.0)
+    assert torch.equal(stage.choose_tokens(latents), expected)
+    assert not torch.equal(expected, chosen)
+
+
+@pytest.mark.parametrize("weight", ["rate_weight", "color_weight"])
+def test_a_tokenizer_that_learns_takes_the_nearest_codes(tmp_path: Path, weight: str) -> None:
+    with pytest.raises(ValueError, match=rf"{weight} is 0.1 and tokenizer_steps 10"):
         stage_of(
             tiny_tokenizer(),
             autoencoder=str(tmp_path),
             tokenizer_steps=10,
             masked_steps_from=0,
-            rate_weight=0.1,
+            **{weight: 0.1},
         )
 
 

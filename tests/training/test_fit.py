@@ -99,10 +99,7 @@ def test_the_tokenizer_of_64_tokens_reduces_by_eight_latents(trained: Run) -> No
     options = ["--vars.tokenizer_steps=1", f"--vars.autoencoder={trained.model('ae')}", *ENTROPY]
     stage = trained.fit(["stage1.yaml", "64_tokens.yaml"], "s64", 2, *options).lightning_module
     assert stage.hyper_encoder.config.reduction == 8
-    grid = stage.components().tokens(
-        torch.randn(1, 16, 64, 64), schedule=stage.schedule, rate_weight=0.0
-    )
-    assert grid.numel() == 64
+    assert stage.choose_tokens(torch.randn(1, 16, 64, 64)).numel() == 64
 
 
 def test_a_masked_transformer_is_retrained_on_a_finished_tokenizer(trained: Run) -> None:
@@ -162,7 +159,8 @@ def test_a_joint_tokenizer_moves_and_settles(trained: Run) -> None:
         assert same("joint", "settle", part), part
     assert not same("joint", "joint-masked", "masked_transformer")
     assert same("joint-masked", "settle", "masked_transformer")
-    assert percov2.load(str(trained.model("settle"))).config.rate_weight == 0.01
+    config = percov2.load(str(trained.model("settle"))).config
+    assert (config.rate_weight, config.color_weight) == (0.025, 2.0)
 
 
 def test_rates_have_ids_of_their_own(trained: Run) -> None:

@@ -102,6 +102,7 @@ def flow_stage(
     adversary: Adversary | None = None,
     start: FlowStart | None = None,
     rate_weight: float = 0.0,
+    color_weight: float = 0.0,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
@@ -124,6 +125,7 @@ def flow_stage(
         lpips_net="squeeze",
         adversary=adversary,
         rate_weight=rate_weight,
+        color_weight=color_weight,
     ).train()
     stage.on_train_start()
     return stage
@@ -317,7 +319,11 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
     photograph: Image.Image, tmp_path: Path
 ) -> None:
     stage = flow_stage(
-        tmp_path / "start", train_tokenizer=False, from_prediction=True, rate_weight=0.1
+        tmp_path / "start",
+        train_tokenizer=False,
+        from_prediction=True,
+        rate_weight=0.1,
+        color_weight=5.0,
     )
     stage.export(tmp_path / "model")
     codec = percov2.load(str(tmp_path / "model"))
@@ -327,14 +333,18 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
     seen = Batch(image=image_to_tensor(picture)[None], caption=[""], key=["0"])
     assert torch.equal(tokens_of(stage.eval(), seen), tokens)
     assert np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture))
-    assert not np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture, rate_weight=0))
+    for other in ({"rate_weight": 0.0}, {"color_weight": 0.0}):
+        assert not np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture, **other))
     features = stage.parts.quantizer.tokens_to_features(tokens)
     assert torch.equal(condition, stage.parts.latent_decoder.condition(features)[0])
 
 
-def test_a_rate_weight_and_a_learning_tokenizer_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rate_weight is 0\.1 and train_tokenizer true"):
-        flow_stage(tmp_path, train_tokenizer=True, from_prediction=True, rate_weight=0.1)
+@pytest.mark.parametrize("weight", ["rate_weight", "color_weight"])
+def test_weighed_choices_and_a_learning_tokenizer_exclude_each_other(
+    tmp_path: Path, weight: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{weight} is 0\.1 and train_tokenizer true"):
+        flow_stage(tmp_path, train_tokenizer=True, from_prediction=True, **{weight: 0.1})
 
 
 @pytest.mark.usefixtures("random_backbone")

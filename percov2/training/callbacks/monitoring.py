@@ -195,20 +195,11 @@ def coder_of(stage: Stage) -> TokenCoder:
     """The entropy coder of a stage in its present state; the stage must be in evaluation mode."""
     parts = tokenizer_of(stage)
     with whole_weights(parts.masked_transformer):
-        return parts.token_coder(_schedule_and_rate_weight(stage)[0], device=stage.device)
+        schedule = stage.config.schedule if isinstance(stage, FlowStage) else stage.schedule
+        return parts.token_coder(schedule, device=stage.device)
 
 
 @torch.no_grad()
 def tokens_of(stage: Stage, batch: Batch) -> Tensor:
     """Tokens (B, r, c) of a batch, as the encoder would choose them."""
-    parts = tokenizer_of(stage)
-    schedule, rate_weight = _schedule_and_rate_weight(stage)
-    latents = latents_of(batch, parts.autoencoder)
-    return parts.tokens(latents, schedule=schedule, rate_weight=rate_weight)
-
-
-def _schedule_and_rate_weight(stage: Stage) -> tuple[str, float]:
-    """How a stage orders and chooses tokens; stage 1 takes the nearest codes."""
-    if isinstance(stage, FlowStage):
-        return stage.config.schedule, stage.config.rate_weight
-    return stage.schedule, 0.0
+    return stage.choose_tokens(latents_of(batch, tokenizer_of(stage).autoencoder))

@@ -1,0 +1,160 @@
+"""The encoder's choice of tokens: similarity, bits, and the colour that they decode to.
+
+Similarity of vectors tells little of colour: a pale sky may turn white at nearly no loss, the more
+easily where white costs fewer bits. The encoder therefore looks at what its tokens decode to, group
+after group, and lets later tokens make up for the errors of earlier ones and of their neighbours,
+as error diffusion does in halftoning (Floyd and Steinberg 1976, "An adaptive algorithm for spatial
+greyscale"). A decoder neither knows nor needs to.
+Shape legend: B batch, C latent channels, h and w latent rows and columns, f the reduction,
+r = h / f and c = w / f token rows and columns, V codebook size, n tokens of a group. Colours are
+RGB in the pictures' range [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from percov2.components import TokenizerComponents
+from percov2.entropy.token_choice import check_choice_weights, choose_tokens
+
+_GRID = 5
+"""Side of the grids of one code, or one latent, whose middle tells what it decodes to."""
+_CODES_AT_ONCE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedColors:
+    """What a tokenizer's codes decode to, without a painter.
+
+    Attributes:
+        of_latents: (C, 3), change of the mean colour of a patch per unit of a latent channel.
+        of_codes: (V, 3), mean colour that a code decodes to among its like; from an arbitrary
+            origin, the same for all.
+    """
+
+    of_latents: Tensor
+    of_codes: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, parts: TokenizerComponents) -> DecodedColors:
+        """Measured by decoding grids that are constant."""
+        device, size = parts.quantizer.codebook.device, parts.quantizer.codebook_size
+        with torch.autocast(device.type, enabled=False):
+            of_latents = _color_of_latents(parts)
+            means = []
+            for codes in torch.split(torch.arange(size, device=device), _CODES_AT_ONCE):
+                grids = codes[:, None, None].expand(-1, _GRID, _GRID)
+                latents = parts.latent_decoder(parts.quantizer.tokens_to_features(grids))
+                means.append(_middle(latents))
+            return cls(of_latents=of_latents, of_codes=torch.cat(means) @ of_latents)
+
+
+def _color_of_latents(parts: TokenizerComponents) -> Tensor:
+    """(C, 3), by differences around latents of 0."""
+    weight = next(parts.autoencoder.parameters())
+    unit = torch.eye(parts.autoencoder.latent_channels, device=weight.device, dtype=weight.dtype)
+    half = unit[:, :, None, None].expand(-1, -1, _GRID, _GRID) / 2
+    return _middle(parts.autoencoder.decode(half)) - _middle(parts.autoencoder.decode(-half))
+
+
+def _middle(values: Tensor) -> Tensor:
+    """Means (B, K) over the middle of _GRID x _GRID squares of values (B, K, rows, columns)."""
+    return _square_means(values.float(), _GRID)[:, :, _GRID // 2, _GRID // 2]
+
+
+def _square_means(values: Tensor, rows: int) -> Tensor:
+    """Means over the squares of a grid that has so many rows of them."""
+    return F.avg_pool2d(values, values.shape[2] // rows)
+
+
+class ColorFeedback:
+    """Errors of the colours that tokens decode to, as a term of their choice.
+
+    Args:
+        parts: whose quantiser and latent decoder tell what tokens decode to.
+        colors: of the same tokenizer.
+        latents: (B, C, h, w), of the pictures.
+        weight: similarity that a squared error of 1, summed over RGB, is worth.
+    """
+
+    def __init__(
+        self,
+        parts: TokenizerComponents,
+        colors: DecodedColors,
+        latents: Tensor,
+        *,
+        weight: float,
+    ) -> None:
+        self._parts, self._colors, self._latents = parts, colors, latents.float()
+        self._weight = weight
+
+    def add_to(self, scores: Tensor, tokens: Tensor, here: Tensor) -> None:
+        """Take the weighted errors off the scores, up to a constant per place.
+
+        Args:
+            scores: (n, V), of every code at the places of a group; changed in place.
+            tokens: (B, r, c), those chosen so far and, elsewhere, those to be replaced.
+            here: (B, r, c), bool, the n places.
+        """
+        codes = self._colors.of_codes
+        features = self._parts.quantizer.tokens_to_features(tokens)
+        decoded = self._parts.latent_decoder(features).float()
+        error = _square_means(self._latents - decoded, tokens.shape[1])
+        error = torch.einsum("bkrc,kd->bdrc", error, self._colors.of_latents)
+        around = F.avg_pool2d(F.pad(error, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        # Its own error and the mean of its eight neighbours'.
+        error = error + (9 * around - error) / 8
+        wanted = codes[tokens[here]] + error.movedim(1, -1)[here]
+        scores.addmm_(wanted, codes.T, alpha=2 * self._weight)
+        scores.sub_(self._weight * codes.square().sum(1))
+
+
+class TokenChooser:
+    """Latents to tokens, as the encoder of a model chooses them.
+
+    What codes decode to is measured at the first choice that asks for it, and kept: a tokenizer
+    that learns has to be given a new chooser.
+
+    Args:
+        parts: of the model.
+        schedule: that the tokens will be coded in.
+    """
+
+    def __init__(self, parts: TokenizerComponents, *, schedule: str) -> None:
+        self._parts, self._schedule = parts, schedule
+        self._colors: DecodedColors | None = None
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor, *, rate_weight: float, color_weight: float) -> Tensor:
+        """Latents (B, C, h, w) to tokens (B, r, c), int64 in [0, V).
+
+        Args:
+            latents: of pictures.
+            rate_weight: similarity that a bit is worth, at least 0.
+            color_weight: see `ColorFeedback`, at least 0. With both weights 0 the nearest codes are
+                taken.
+
+        Raises:
+            ValueError: see `check_choice_weights`.
+        """
+        parts, feedback = self._parts, None
+        check_choice_weights(
+            rate_weight=rate_weight, color_weight=color_weight, schedule=self._schedule
+        )
+        similarity = parts.quantizer.similarity(parts.hyper_encoder(latents))
+        if color_weight:
+            if self._colors is None or self._colors.of_codes.device != latents.device:
+                self._colors = DecodedColors.of(parts)
+            feedback = ColorFeedback(parts, self._colors, latents, weight=color_weight)
+        return choose_tokens(
+            similarity,
+            parts.masked_transformer,
+            schedule=self._schedule,
+            rate_weight=rate_weight,
+            feedback=feedback,
+        )
