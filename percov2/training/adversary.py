@@ -47,6 +47,13 @@ LAYOUT = 8
 BANDS = 3
 """Octaves of detail whose strength is compared, from the finest."""
 
+BT601 = (
+    (0.299, 0.587, 0.114),
+    (-0.168736, -0.331264, 0.5),
+    (0.5, -0.418688, -0.081312),
+)
+"""Rows: Y, Cb and Cr of red, green and blue (ITU-R BT.601, as in JFIF)."""
+
 PERIOD = 16
 """Pixels of the coarsest patch that a network puts out: a transformer's, of 2x2 latents."""
 
@@ -291,9 +298,10 @@ def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
 
     Squared error makes a painter weaken detail that it cannot know, by half in the octaves between
     3 and 16 pixels a period, and features hardly tell. Compared is the logarithm of the root mean
-    square of each octave of a Laplacian pyramid (Burt and Adelson, 1983) in overlapping windows:
-    twice as strong is as wrong as half, in the sky as in foliage.
+    square of each octave of a Laplacian pyramid (Burt and Adelson, 1983) in overlapping windows,
+    of luma and of either chroma: twice as strong is as wrong as half, in the sky as in foliage.
     """
+    painted, original = luma_and_chroma(painted), luma_and_chroma(original)
     distances = []
     for level in range(BANDS):
         cells = max(WINDOW >> level, 8)
@@ -325,6 +333,17 @@ def _repeated(pictures: Tensor) -> tuple[Tensor, Tensor]:
         for x in (deviations, deviations.square().mean(1, keepdim=True))
     )
     return means, squares
+
+
+def luma_and_chroma(pictures: Tensor) -> Tensor:
+    """Red, green and blue (B, 3, H, W) to Y, Cb and Cr in the same units, float32, by BT.601.
+
+    In photographs nearly all fine detail is luma. In red, green and blue it hides a coloured grain
+    that is stronger than the original's chroma by an order of magnitude.
+    """
+    weights = torch.tensor(BT601, device=pictures.device)[..., None, None]
+    # Not as a matrix product: under autocast that would round to half precision.
+    return (weights * pictures.float()[:, None]).sum(2)
 
 
 def _edges(pictures: Tensor) -> Tensor:

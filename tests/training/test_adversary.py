@@ -6,8 +6,10 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from percov2.data.samples import Batch
@@ -18,6 +20,7 @@ from percov2.training.adversary import (
     AdversarialLosses,
     Adversary,
     detail_distance,
+    luma_and_chroma,
     wasserstein_distortion,
 )
 from percov2.training.flow_stage import FlowStage as Stage
@@ -178,8 +181,25 @@ def test_detail_is_compared_by_strength_octave_by_octave() -> None:
         assert float(detail_distance(0.25 * wave, 0.5 * wave)) > 0.1, period
 
 
+def test_luma_and_chroma_are_those_of_jfif() -> None:
+    """Pillow's, whose chroma is centred on 128, within its rounding."""
+    picture = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy().astype(np.uint8))
+    expected = torch.from_numpy(np.asarray(image.convert("YCbCr")).copy()).permute(2, 0, 1)
+    found = luma_and_chroma(picture.float())[0] + torch.tensor([0.0, 128.0, 128.0])[:, None, None]
+    assert float((found - expected).abs().max()) <= 1
+
+
+def test_detail_of_luma_is_told_from_coloured_grain() -> None:
+    """Of the same strength in red, green and blue."""
+    generator = torch.Generator().manual_seed(0)
+    grey = 0.1 * torch.randn(1, 1, 64, 64, generator=generator).expand(1, 3, 64, 64)
+    coloured = 0.1 * torch.randn(1, 3, 64, 64, generator=generator)
+    assert float(detail_distance(coloured, grey)) > 0.5
+
+
 def test_detail_too_weak_to_be_seen_does_not_count() -> None:
-    assert float(detail_distance(torch.zeros(1, 3, 64, 64), 0.002 * pictures(1))) < 1e-3
+    assert float(detail_distance(torch.zeros(2, 3, 64, 64), 0.002 * pictures(1))) < 1e-3
 
 
 @pytest.mark.parametrize("period", [2, 4, 8, 16])
