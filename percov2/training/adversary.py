@@ -52,7 +52,8 @@ BT601 = (
     (-0.168736, -0.331264, 0.5),
     (0.5, -0.418688, -0.081312),
 )
-"""Rows: Y, Cb and Cr of red, green and blue (ITU-R BT.601, as in JFIF)."""
+"""Rows: Y, Cb and Cr of red, green and blue (ITU-R BT.601, as in JFIF: most photographs were JPEGs,
+whose chroma is free of fine detail in these axes; CompressAI's conversion has those of BT.709)."""
 
 PERIOD = 16
 """Pixels of the coarsest patch that a network puts out: a transformer's, of 2x2 latents."""
@@ -312,6 +313,17 @@ def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
     return torch.stack(distances).mean()
 
 
+def luma_and_chroma(pictures: Tensor) -> Tensor:
+    """Red, green and blue (B, 3, H, W) to Y, Cb and Cr in the same units, float32, by BT.601.
+
+    In photographs nearly all fine detail is luma. Measured in red, green and blue, a coloured grain
+    ten times as strong as the original's chroma passes for it.
+    """
+    weights = torch.tensor(BT601, device=pictures.device)[..., None, None]
+    # Not as a matrix product: under autocast that would round to half precision.
+    return (weights * pictures.float()[:, None]).sum(2)
+
+
 def _halve(pictures: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """Pictures (B, 3, H, W) at half the resolution, and how strong the detail is that they lose:
     the logarithm of its root mean square in windows of cells x cells that overlap by half."""
@@ -333,17 +345,6 @@ def _repeated(pictures: Tensor) -> tuple[Tensor, Tensor]:
         for x in (deviations, deviations.square().mean(1, keepdim=True))
     )
     return means, squares
-
-
-def luma_and_chroma(pictures: Tensor) -> Tensor:
-    """Red, green and blue (B, 3, H, W) to Y, Cb and Cr in the same units, float32, by BT.601.
-
-    In photographs nearly all fine detail is luma. In red, green and blue it hides a coloured grain
-    that is stronger than the original's chroma by an order of magnitude.
-    """
-    weights = torch.tensor(BT601, device=pictures.device)[..., None, None]
-    # Not as a matrix product: under autocast that would round to half precision.
-    return (weights * pictures.float()[:, None]).sum(2)
 
 
 def _edges(pictures: Tensor) -> Tensor:
