@@ -236,7 +236,9 @@ class Adversary(nn.Module):
             moments=moments,
             realism=realism,
             texture=texture,
-            discriminator=self._hinge(real, 1) + self._hinge(detached, -1) + patches,
+            discriminator=_hinge(self._opinions(real), 1)
+            + _hinge(self._opinions(detached), -1)
+            + patches,
         )
 
     def total(self, flow: Tensor, losses: AdversarialLosses) -> Tensor:
@@ -266,11 +268,11 @@ class Adversary(nn.Module):
         if self.patches is None:
             return painted.new_zeros(()), painted.new_zeros(())
         self.patches.requires_grad_(False)
-        texture = -self.patches(painted, prediction).float().mean()
+        texture = -self.patches(painted, prediction).mean()
         self.patches.requires_grad_(True)
-        real = self.patches(original, prediction).float()
-        fake = self.patches(painted.detach(), prediction).float()
-        return texture, F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        real = self.patches(original, prediction)
+        fake = self.patches(painted.detach(), prediction)
+        return texture, _hinge([real], 1) + _hinge([fake], -1)
 
     def _features(self, pictures: Tensor) -> list[Tensor]:
         network = self._network[0].to(pictures.device)
@@ -289,9 +291,10 @@ class Adversary(nn.Module):
     def _opinions(self, levels: list[Tensor]) -> list[Tensor]:
         return [head(level) for head, level in zip(self.heads, levels, strict=True)]
 
-    def _hinge(self, levels: list[Tensor], sign: int) -> Tensor:
-        """Hinge loss (Lim and Ye, 2017) of pictures that should be called sign * 1."""
-        return torch.stack([F.relu(1 - sign * x).mean() for x in self._opinions(levels)]).mean()
+
+def _hinge(opinions: list[Tensor], sign: int) -> Tensor:
+    """Hinge loss (Lim and Ye, 2017) of opinions that should be sign * 1."""
+    return torch.stack([F.relu(1 - sign * opinion).mean() for opinion in opinions]).mean()
 
 
 def _edges(pictures: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class PatchDiscriminator(nn.Module):
 
     The features of an ImageNet network are nearly blind to fine grain, and a discriminator on them
     never hears what a place should show: grain on a plain wall passes for the texture of bark. This
-    one sees all pixels of some 50x50 (a "PatchGAN", Isola et al., CVPR 2017), and the stage 1
+    one sees all pixels of 56x56 at most (a "PatchGAN", Isola et al., CVPR 2017), and the stage 1
     prediction that the painter began from, as that of "High-fidelity generative image compression"
     (Mentzer et al., NeurIPS 2020) sees the latents.
 
@@ -57,7 +57,8 @@ class PatchDiscriminator(nn.Module):
         gain = pictures.new_tensor([1.0, CHROMA, CHROMA])[:, None, None]
         seen = self.see(F.pixel_unshuffle(gain * luma_and_chroma(pictures), 2))
         opinion: Tensor = self.judge(torch.cat([seen, self.hear(prediction)], 1))
-        return opinion
+        # Under autocast it comes in half precision.
+        return opinion.float()
 
 
 def _conv(channels_in: int, channels: int, size: int, *, stride: int = 1) -> nn.Module:

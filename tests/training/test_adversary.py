@@ -133,9 +133,8 @@ def test_identical_pictures_differ_in_nothing() -> None:
 
 
 def test_total_weighs_every_term() -> None:
-    names = ("flow", "pixel", "layout", "pattern", "detail", "feature", "moments", "realism")
-    names = (*names, "texture")
-    digits = {f"{name}_weight": float(n) for n, name in enumerate(names, start=2)}
+    painter = ("pixel", "layout", "pattern", "detail", "feature", "moments", "realism", "texture")
+    digits = {f"{name}_weight": float(n) for n, name in enumerate(("flow", *painter), start=2)}
     judge = adversary(**digits)
     values = [*(10.0**power for power in range(1, 9)), 0.5]
     losses = AdversarialLosses(*torch.tensor(values, dtype=torch.float64))
