@@ -209,7 +209,8 @@ class EntropyStage(L.LightningModule):
         return self._choose(latents, rate_weight=self.rate_weight, color_weight=self.color_weight)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the histogram of held-out tokens."""
+        """Start the histogram of held-out tokens; the coder serves the whole epoch."""
+        self._coder = self.components().token_coder(self.schedule, device=self.device)
         self._counts = torch.zeros(self.quantizer.codebook_size, dtype=torch.int64)
         self._bytes = 0
 
@@ -225,13 +226,13 @@ class EntropyStage(L.LightningModule):
         self.log("val/psnr", psnr(decoded, image), batch_size=size, sync_dist=True, prog_bar=True)
         tokens = chosen.cpu()
         self._counts += torch.bincount(tokens.flatten(), minlength=len(self._counts))
-        coder = self.components().token_coder(self.schedule, device=self.device)
-        steps = coder.steps_total(*tokens.shape[1:])
+        steps = self._coder.steps_total(*tokens.shape[1:])
         for grid in tokens.numpy():
-            self._bytes += len(coder.encode(grid, steps=steps))
+            self._bytes += len(self._coder.encode(grid, steps=steps))
 
     def on_validation_epoch_end(self) -> None:
         """Bits per token from bytes, beside the entropy that a mere histogram would give."""
+        del self._coder  # Of weights that go on to change.
         counted = torch.cat([self._counts, torch.tensor([self._bytes])])
         counted = total_over_processes(self.trainer, counted)
         counts, size = counted[:-1], int(counted[-1])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from percov2.components import TokenizerComponents
 from percov2.entropy.token_choice import choose_tokens
+from percov2.entropy.token_coder import TokenCoder
 from percov2.token_chooser import TokenChooser
 from percov2.training.callbacks import ExportModel, WeightEMA
 from percov2.training.callbacks.weight_ema import _trained
@@ -87,14 +88,27 @@ class WithAnotherProcess(SingleDeviceStrategy):
         return tensor
 
 
-def test_held_out_tokens_are_counted_over_all_processes(tmp_path: Path) -> None:
+def test_held_out_tokens_are_counted_over_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=0)
+    coders = 0
+    build = TokenizerComponents.token_coder
+
+    def counted(*args: Any, **kwargs: Any) -> TokenCoder:
+        nonlocal coders
+        coders += 1
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(TokenizerComponents, "token_coder", counted)
     # The other process has met 100 tokens, all of them of code 3, and spent 50 bytes on them.
     other = torch.zeros(CODEBOOK_SIZE + 1, dtype=torch.int64)
     other[3], other[-1] = 100, 50
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
     trainer = L.Trainer(strategy=WithAnotherProcess(other), accelerator="cpu", **options)
     trainer.validate(stage, datamodule=PictureDataModule(), verbose=False)
+    # Its integer transformer takes longer to build than a batch takes to encode.
+    assert coders == 1
     logged = trainer.callback_metrics
     counts = stage._counts + other[:-1]
     assert int(counts.sum()) == 100 + 3 * 16
