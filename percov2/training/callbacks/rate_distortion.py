@@ -18,6 +18,7 @@ from percov2.codec import Codec, check_sampling
 from percov2.contact_sheet import contact_sheet
 from percov2.data.samples import Batch
 from percov2.data.transforms import image_to_tensor, tensor_to_image
+from percov2.entropy.token_coder import TokenCoder
 from percov2.messages import counted
 from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
 from percov2.training.autoencoder_stage import psnr
@@ -121,10 +122,12 @@ class RateDistortionSamples(ValidationMonitor):
         if left == 0:
             return
         images = image_of(batch, needed_by="RateDistortionSamples")
-        text = codec = None
+        text = codec = coder = None
         if isinstance(stage, FlowStage):
             text = CachedText(batch) if stage.text_conditioner is None else stage.text_conditioner
             codec = live_codec(stage, text)
+        else:
+            coder = coder_of(stage)
         pairs = zip(images[:left], batch["caption"][:left], strict=True)
         for row, (image, caption) in enumerate(pairs):
             if isinstance(text, CachedText):
@@ -133,7 +136,8 @@ class RateDistortionSamples(ValidationMonitor):
             on_sheet = self._seen < self.images
             if codec is None:
                 assert isinstance(stage, EntropyStage)
-                restored = [predict(stage, original)]
+                assert coder is not None
+                restored = [predict(stage, coder, original)]
             else:
                 steps = self.steps if on_sheet else self.steps[:1]
                 restored = decode_all(codec, original, caption, steps=steps, hybrid=on_sheet)
@@ -234,9 +238,9 @@ def decode_all(
 
 
 @torch.no_grad()
-def predict(stage: EntropyStage, original: Image.Image) -> Restored:
+def predict(stage: EntropyStage, coder: TokenCoder, original: Image.Image) -> Restored:
     """The picture that stage 1 predicts from the tokens, and the bytes of their stream."""
-    parts, coder = stage.components(), coder_of(stage)
+    parts = stage.components()
     latents = parts.autoencoder.encode(image_to_tensor(original)[None].to(stage.device))
     quantized = parts.quantizer(parts.hyper_encoder(latents))
     decoded = parts.autoencoder.decode(parts.latent_decoder(quantized.features))
