@@ -9,12 +9,13 @@ KODAK ?=
 KODAK_CAPTIONS ?=
 COCO ?=
 COCO_CAPTIONS ?=
+# For `make train-tiny`: fields of every stage, for instance --trainer.precision=bf16-mixed.
+FIT_OPTIONS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # One thread per worker: the workers share the cores, and torch would start one thread a core in each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
-FIT := $(BIN)/python -m percov2.fit --config
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-gpu lint format types golden docs notebooks check-wheel \
@@ -74,23 +75,39 @@ notebooks: $(INSTALLED) ## run the notebooks from top to bottom
 check-wheel: ## build sdist and wheel, and run the demo from the wheel in an empty environment
 	PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) .ci/check-wheel
 
-train-tiny: $(INSTALLED) ## retrain tiny and tiny-low (PERCOV2_DATA=DIR: shards and captions)
-	$(FIT) configs/tiny/autoencoder.yaml
-	$(FIT) configs/tiny/stage1.yaml
-	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml
-	$(FIT) configs/tiny/stage2.yaml
-	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml
-	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
-		--config configs/tiny/joint.yaml
-	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/masked.yaml \
-		--config configs/tiny/masked_joint.yaml
-	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
-		--config configs/tiny/joint.yaml --config configs/tiny/settle.yaml
-	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml
-	$(FIT) configs/tiny/stage1.yaml --config configs/tiny/low/stage1.yaml \
-		--config configs/tiny/masked.yaml --config configs/tiny/low/masked.yaml
-	$(FIT) configs/tiny/stage2.yaml --config configs/tiny/adversarial.yaml \
-		--config configs/tiny/low/adversarial.yaml
+# $(call fit,OVERLAYS): the file and its overlays below configs/tiny. What was interrupted goes on from
+# its newest checkpoint.
+fit = $(BIN)/python -m percov2.fit $(patsubst %,--config configs/tiny/%.yaml,$(1)) \
+	--ckpt_path auto $(FIT_OPTIONS)
+# $(call trained,RUN): the last file that a stage writes. Later stages ask for earlier ones behind a bar:
+# a stage that is finished is left alone, whatever the age of its files.
+trained = runs/$(1)/model/training.yaml
+
+train-tiny: $(call trained,tiny/settle) $(call trained,tiny-low/adversarial)
+train-tiny: ## retrain tiny and tiny-low, or go on with it (PERCOV2_DATA=DIR: shards and captions)
+
+$(call trained,tiny/autoencoder): | $(INSTALLED)
+	$(call fit,autoencoder)
+$(call trained,tiny/stage1): | $(call trained,tiny/autoencoder)
+	$(call fit,stage1)
+$(call trained,tiny/masked): | $(call trained,tiny/stage1)
+	$(call fit,stage1 masked)
+$(call trained,tiny/stage2): | $(call trained,tiny/masked)
+	$(call fit,stage2)
+$(call trained,tiny/adversarial): | $(call trained,tiny/stage2)
+	$(call fit,stage2 adversarial)
+$(call trained,tiny/joint): | $(call trained,tiny/adversarial)
+	$(call fit,stage2 adversarial joint)
+$(call trained,tiny/joint-masked): | $(call trained,tiny/joint)
+	$(call fit,stage1 masked masked_joint)
+$(call trained,tiny/settle): | $(call trained,tiny/joint-masked)
+	$(call fit,stage2 adversarial joint settle)
+$(call trained,tiny-low/stage1): | $(call trained,tiny/autoencoder)
+	$(call fit,stage1 low/stage1)
+$(call trained,tiny-low/masked): | $(call trained,tiny-low/stage1)
+	$(call fit,stage1 low/stage1 masked low/masked)
+$(call trained,tiny-low/adversarial): | $(call trained,tiny-low/masked) $(call trained,tiny/adversarial)
+	$(call fit,stage2 adversarial low/adversarial)
 
 # $(call evaluate,DATA,OUTPUT,CAPTIONS): up to the models and competitors.
 evaluate = $(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) \

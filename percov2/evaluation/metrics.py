@@ -163,7 +163,7 @@ def _make_extractor(
             networks[family] = (
                 features.inception(options.weights, options.device)
                 if family == "inception"
-                else features.EfficientNetLite1().to(options.device)
+                else features.PooledEfficientNet(1).to(options.device)
             )
         except AbsentError as error:
             networks[family] = error

