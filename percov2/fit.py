@@ -15,11 +15,15 @@ from typing import NoReturn
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from percov2.training.callbacks import ExportModel
+from percov2.training.callbacks.export import ExportModel, NothingTrainedError
 from percov2.training.checkpointing import AtomicCheckpointIO, resolve_checkpoint
 from percov2.training.config_errors import explain
+from percov2.training.convert import convert
 from percov2.training.resume import check_checkpoint
 from percov2.training.strategy import ZeroStrategy
+
+CONFIG = "training.yaml"
+"""The last file that a run writes into its model directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +100,27 @@ class FitCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, default=None)
         parser.add_class_arguments(Variables, "vars", instantiate=False)
 
+    def exports(self) -> list[Path]:
+        """The model directories that training ends with."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [one.directory for one in callbacks if isinstance(one, ExportModel)]
+
     def write_config(self, directory: Path) -> None:
         """The resolved configuration as ``training.yaml``, beside the weights it led to."""
         config = self.parser.dump(self.config, skip_unset=False, format="yaml")
-        (directory / "training.yaml").write_text(config, encoding="utf-8")
+        (directory / CONFIG).write_text(config, encoding="utf-8")
+
+    def export_checkpoint(self, checkpoint: Path, directory: Path) -> None:
+        """Write the model that a checkpoint of this configuration leads to.
+
+        Raises:
+            ValueError: see `convert`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.write_config(Path(folder))
+            config = Path(folder, CONFIG)
+            which = convert(config=config, checkpoint=checkpoint, output=directory)
+        print(f"wrote {directory} ({which} weights of {checkpoint})")
 
 
 def check_writable(run: Path) -> None:
@@ -122,7 +143,10 @@ def check_writable(run: Path) -> None:
 def main(args: list[str] | None = None) -> L.Trainer:
     """Train as the command line says; returns the trainer (for tests and notebooks).
 
+    A run that was killed between its last checkpoint and its export is exported from the former.
+
     Raises:
+        NothingTrainedError: the run had ended and its model is there.
         ValueError: a field, a file or a checkpoint is wrong; says which.
         SystemExit: the configuration cannot be parsed (code 2, the reason on stderr).
     """
@@ -134,11 +158,19 @@ def main(args: list[str] | None = None) -> L.Trainer:
         cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if checkpoint is not None:
         check_checkpoint(checkpoint, cli.model, cli.trainer)
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    missing = [directory for directory in cli.exports() if not (directory / CONFIG).exists()]
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+    except NothingTrainedError:
+        if not missing:
+            raise
+        if cli.trainer.is_global_zero:
+            assert checkpoint is not None
+            for directory in missing:
+                cli.export_checkpoint(checkpoint, directory)
     if cli.trainer.is_global_zero:
-        for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ExportModel):
-                cli.write_config(callback.directory)
+        for directory in cli.exports():
+            cli.write_config(directory)
     return cli.trainer
 
 

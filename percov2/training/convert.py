@@ -43,8 +43,17 @@ def load_stage(config: Path) -> L.LightningModule:
     return stage
 
 
-def convert(*, config: Path, checkpoint: Path, output: Path, which: Which) -> None:
+def convert(*, config: Path, checkpoint: Path, output: Path, which: Which | None = None) -> Which:
     """Write the model directory of a checkpoint.
+
+    Args:
+        config: `config.yaml` of the run.
+        checkpoint: a file or a folder of shards.
+        output: model directory to write.
+        which: weights; None for the average if there is one, as training itself exports.
+
+    Returns:
+        Which weights were written.
 
     Raises:
         ValueError: see `load_stage` and `read_weights`; or configuration and checkpoint are not of
@@ -53,11 +62,13 @@ def convert(*, config: Path, checkpoint: Path, output: Path, which: Which) -> No
     stage = load_stage(config)
     if not isinstance(stage, Exportable):
         raise ValueError(f"{type(stage).__name__} has no export: it is no percov2 stage")
+    which = which or ("average" if has_average(checkpoint) else "trained")
     weights = read_weights(checkpoint, which)
     expected = shapes_of(stage.state_dict())
     compare_shapes(checkpoint, shapes_of(weights), expected, stage=type(stage).__name__)
     stage.load_state_dict(weights)
     stage.export(output)
+    return which
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -75,14 +86,11 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(args)
     try:
-        which: Which = options.weights or (
-            "average" if has_average(options.checkpoint) else "trained"
-        )
-        convert(
+        which = convert(
             config=options.config,
             checkpoint=options.checkpoint,
             output=options.output,
-            which=which,
+            which=options.weights,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

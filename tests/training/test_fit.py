@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,15 +234,31 @@ def test_a_folder_that_cannot_hold_files_is_refused(training_data: Path, tmp_pat
 
 def test_a_finished_run_is_not_exported_anew(trained: Run) -> None:
     """Lightning would skip the callbacks that put averages in place."""
+    again = [f"--vars.tokenizer={trained.model('s1')}", "--ckpt_path=auto", *FLOW]
     with pytest.raises(ValueError, match="convert"):
-        trained.fit(
-            ["stage2.yaml"],
-            "s2",
-            2,
-            f"--vars.tokenizer={trained.model('s1')}",
-            "--ckpt_path=auto",
-            *FLOW,
-        )
+        trained.fit(["stage2.yaml"], "s2", 2, *again)
+
+
+def test_a_run_killed_before_its_export_is_exported_when_resumed(trained: Run) -> None:
+    """Its averages, as training itself would have; what the kill left half written is replaced."""
+    shutil.copytree(trained.root / "s2" / "checkpoints", trained.root / "killed" / "checkpoints")
+    (trained.model("killed") / "transformer").mkdir(parents=True)
+    again = [f"--vars.tokenizer={trained.model('s1')}", "--ckpt_path=auto", *FLOW]
+    trained.fit(["stage2.yaml"], "killed", 2, *again)
+    expected, found = (
+        {
+            str(path.relative_to(trained.model(name))): path.read_bytes()
+            for path in trained.model(name).rglob("*")
+            # A tokenizer's file tells whether it has been used.
+            if path.suffix == ".safetensors" or path.name == "model_index.json"
+        }
+        for name in ("s2", "killed")
+    )
+    assert len(expected) == 9
+    assert found == expected
+    assert (trained.model("killed") / "training.yaml").is_file()
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        trained.fit(["stage2.yaml"], "killed", 2, *again)
 
 
 def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run) -> None:

@@ -50,10 +50,12 @@ class Runs:
         options = {
             "": [],
             "resumed": [f"--ckpt_path={self.folder / base}/checkpoints/step={SAVED}.ckpt"],
+            # All steps trained and nothing exported, in a folder of its own.
+            "killed": [f"--ckpt_path={self.folder / base}/checkpoints/step={STEPS}.ckpt"],
             "bf16": ["--trainer.precision=bf16-mixed", "--trainer.max_steps=3"],
             "lora": [f"--model.adaptation={LORA}"],
         }[variant]
-        if variant == "resumed":
+        if variant in ("resumed", "killed"):
             self.get(base)
         return TinyRun.train(
             self.folder / name,
@@ -175,6 +177,13 @@ def test_a_converted_checkpoint_is_the_model_that_training_exported(
     assert convert([*args[:-1], str(tmp_path / "trained"), "--weights", "trained"]) == 0
     key = "transformer/pos_embed.proj.weight"
     assert not torch.equal(weights_of(tmp_path / "trained")[key], weights_of(output)[key])
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_run_killed_before_its_export_is_exported_when_resumed(runs: Runs, name: str) -> None:
+    whole, killed = runs.get(name), runs.get(f"{name}-killed")
+    assert_same_weights(whole.folder / "model", killed.folder / "model")
+    assert (killed.folder / "model" / "training.yaml").is_file()
 
 
 def test_conversion_refuses_what_does_not_fit(

@@ -20,6 +20,10 @@ class Exportable(Protocol):
         ...
 
 
+class NothingTrainedError(ValueError):
+    """A run was resumed at its last step, so that there is nothing to export from."""
+
+
 class ExportModel(L.Callback):
     """Calls the stage's ``export`` at the end of training, on the first process.
 
@@ -55,11 +59,11 @@ class ExportModel(L.Callback):
         """Write, when the devices' memory is free again.
 
         Raises:
-            ValueError: the run was resumed at its last step. Lightning then calls no callback that
-                would put averages in place, and the export would be of other weights.
+            NothingTrainedError: the run was resumed at its last step. Lightning then calls no
+                callback that would put averages in place, and the export would be of other weights.
         """
         if not self._ended:
-            raise ValueError(
+            raise NothingTrainedError(
                 "the checkpoint is of the run's last step, nothing is left to train: raise "
                 "trainer.max_steps, or write its model with `python -m percov2.training.convert`"
             )
