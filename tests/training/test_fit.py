@@ -58,6 +58,11 @@ class Run:
         args += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
         return main([*args, *options])
 
+    def resume_flow(self, name: str) -> None:
+        """Give the configuration of stage 2 once more, for its two steps."""
+        tokenizer = f"--vars.tokenizer={self.model('s1')}"
+        self.fit(["stage2.yaml"], name, 2, tokenizer, "--ckpt_path=auto", *FLOW)
+
     def model(self, name: str) -> Path:
         """The directory that a run exported."""
         return self.root / name / "model"
@@ -234,17 +239,15 @@ def test_a_folder_that_cannot_hold_files_is_refused(training_data: Path, tmp_pat
 
 def test_a_finished_run_is_not_exported_anew(trained: Run) -> None:
     """Lightning would skip the callbacks that put averages in place."""
-    again = [f"--vars.tokenizer={trained.model('s1')}", "--ckpt_path=auto", *FLOW]
     with pytest.raises(ValueError, match="convert"):
-        trained.fit(["stage2.yaml"], "s2", 2, *again)
+        trained.resume_flow("s2")
 
 
 def test_a_run_killed_before_its_export_is_exported_when_resumed(trained: Run) -> None:
     """Its averages, as training itself would have; what the kill left half written is replaced."""
     shutil.copytree(trained.root / "s2" / "checkpoints", trained.root / "killed" / "checkpoints")
     (trained.model("killed") / "transformer").mkdir(parents=True)
-    again = [f"--vars.tokenizer={trained.model('s1')}", "--ckpt_path=auto", *FLOW]
-    trained.fit(["stage2.yaml"], "killed", 2, *again)
+    trained.resume_flow("killed")
     expected, found = (
         {
             str(path.relative_to(trained.model(name))): path.read_bytes()
@@ -258,7 +261,7 @@ def test_a_run_killed_before_its_export_is_exported_when_resumed(trained: Run) -
     assert found == expected
     assert (trained.model("killed") / "training.yaml").is_file()
     with pytest.raises(ValueError, match="nothing is left to train"):
-        trained.fit(["stage2.yaml"], "killed", 2, *again)
+        trained.resume_flow("killed")
 
 
 def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run) -> None:
