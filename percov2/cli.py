@@ -158,7 +158,10 @@ def _add_decompress(commands: Any) -> None:
     _add_model_options(parser, default=None)
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: model's)")
     parser.add_argument(
-        "--guidance", type=float, metavar="G", help="caption guidance, 1 is off (default: model's)"
+        "--guidance",
+        type=float,
+        metavar="G",
+        help="caption guidance, 1 is off, 0 ignores the caption (default: model's)",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of the noise (default: the file's)")
     parser.add_argument(

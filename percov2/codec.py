@@ -349,7 +349,8 @@ class Codec:
         Args:
             data: the file's bytes.
             steps: sampling steps, 1 to 1000; None is the model's default.
-            guidance: classifier-free guidance, at least 0, 1 is off; None is the default.
+            guidance: classifier-free guidance, at least 0: 1 is off, 0 ignores the caption; None
+                is the default.
             seed: of the noise, 0 to 2**64 - 1; None derives it from the file, so that decoding
                 twice gives the same picture.
             allow_truncated: decode what is there of a stream whose end is missing: the groups

@@ -53,7 +53,8 @@ class CodecConfig:
         flow: path, shift and source.
         tiling: how large grids are painted.
         default_steps: sampling steps when the user names none.
-        default_guidance: classifier-free guidance when the user names none; 1 is off.
+        default_guidance: classifier-free guidance when the user names none; 1 is off, 0 ignores the
+            caption.
         rate_weight: of `percov2.token_chooser.TokenChooser` when the user names none; 0 for
             models that were stored before there was one.
         color_weight: likewise.

@@ -151,6 +151,14 @@ def test_the_caption_is_stored_and_changes_the_picture_under_guidance(
     assert not np.array_equal(with_caption, without)
 
 
+def test_guidance_of_zero_ignores_the_caption(codec: Codec, photograph: Image.Image) -> None:
+    pictures = [
+        codec.decompress(codec.compress(photograph, caption=caption), guidance=0.0, seed=0)
+        for caption in ("a red door", "")
+    ]
+    assert np.array_equal(*map(np.asarray, pictures))
+
+
 def test_guidance_of_one_equals_the_plain_conditional_velocity(
     codec: Codec, photograph: Image.Image
 ) -> None:

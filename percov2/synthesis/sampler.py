@@ -48,20 +48,15 @@ class Tiling:
         return [2 * round(i * (length - self.size) / (count - 1) / 2) for i in range(count)]
 
 
-def guided(conditional: Velocity, unconditional: Velocity | None, guidance: float) -> Velocity:
-    """Classifier-free guidance v_u + g (v_c - v_u); g = 1 evaluates the condition only.
-
-    Raises:
-        ValueError: g != 1 without an unconditional velocity.
-    """
+def guided(conditional: Velocity, unconditional: Velocity, guidance: float) -> Velocity:
+    """Classifier-free guidance v_u + g (v_c - v_u); g of 1 or 0 evaluates one of them only."""
     if guidance == 1:
         return conditional
-    if unconditional is None:
-        raise ValueError(f"guidance {guidance} needs an unconditional velocity; 1 does not")
-    base = unconditional
+    if guidance == 0:
+        return unconditional
 
     def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
-        v_u = base(x_t, condition, t)
+        v_u = unconditional(x_t, condition, t)
         return v_u + guidance * (conditional(x_t, condition, t) - v_u)
 
     return velocity

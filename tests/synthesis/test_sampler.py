@@ -113,18 +113,14 @@ def test_guidance_extrapolates_from_the_unconditional_velocity(guidance: float) 
     torch.testing.assert_close(velocity(x_t, condition, t), expected)
 
 
-def test_guidance_1_evaluates_the_condition_only() -> None:
+@pytest.mark.parametrize(("guidance", "evaluations"), [(1, (1, 0)), (0, (0, 1)), (2, (1, 1))])
+def test_guidance_of_1_and_0_evaluates_one_velocity_only(
+    guidance: float, evaluations: tuple[int, int]
+) -> None:
     conditional, unconditional = Recorder(pointwise), Recorder(pointwise)
     grid = normal(1, 2, 4, 4)
-    guided(conditional, unconditional, 1)(grid, grid, torch.tensor([0.5]))
-    assert (len(conditional.shapes), len(unconditional.shapes)) == (1, 0)
-    guided(conditional, None, 1)(grid, grid, torch.tensor([0.5]))
-    assert len(conditional.shapes) == 2
-
-
-def test_guidance_needs_an_unconditional_velocity() -> None:
-    with pytest.raises(ValueError, match=r"guidance 2\.5 needs an unconditional velocity"):
-        guided(pointwise, None, 2.5)
+    guided(conditional, unconditional, guidance)(grid, grid, torch.tensor([0.5]))
+    assert (len(conditional.shapes), len(unconditional.shapes)) == evaluations
 
 
 # -- tiles ---------------------------------------------------------------------------------------
