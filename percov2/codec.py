@@ -440,14 +440,16 @@ class Codec:
         condition, prediction = parts.latent_decoder.condition(features)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(prediction.shape, generator=generator).to(self.device)
+        # Text encoders may be the slowest part: none runs for a caption that guidance leaves out.
+        captions = {0.0: [""], 1.0: [caption]}.get(guidance, ["", caption])
         with self._in_use(self.components.text_conditioner) as encoder:
-            text = encoder(["", caption])
+            text = encoder(captions)
         with self._in_use(self.components.transformer) as transformer:
-            unconditional, conditional = (
+            velocities = [
                 _velocity(flow, transformer, text.embeddings[i : i + 1], text.pooled[i : i + 1])
-                for i in range(2)
-            )
-            velocity = tiled(guided(conditional, unconditional, guidance), self.config.tiling)
+                for i in range(len(captions))
+            ]
+            velocity = tiled(guided(velocities[-1], velocities[0], guidance), self.config.tiling)
             source = flow.sampling_source(prediction, noise)
             return sample(flow, velocity, condition, source, steps=steps)
 

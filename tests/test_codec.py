@@ -169,6 +169,21 @@ def test_guidance_of_one_equals_the_plain_conditional_velocity(
     assert np.abs(plain - near).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("guidance", "encoded"), [(0.0, [""]), (1.0, ["a red door"]), (2.0, ["", "a red door"])]
+)
+def test_captions_that_guidance_leaves_out_are_not_encoded(
+    codec: Codec, photograph: Image.Image, guidance: float, encoded: list[str]
+) -> None:
+    data = codec.compress(photograph, caption="a red door")
+    seen: list[list[str]] = []
+    encoder = codec.components.text_conditioner
+    hook = encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with hook:
+        codec.decompress(data, steps=1, guidance=guidance)
+    assert seen == [encoded]
+
+
 def test_info_counts_every_byte(codec: Codec, tiny_model: Path, photograph: Image.Image) -> None:
     data = codec.compress(photograph, caption="abc")
     described = percov2.info(data, model=str(tiny_model))
