@@ -32,6 +32,9 @@ class Flow:
         sigma: standard deviation of the source's noise, > 0; must be 1 for a source of noise.
         temperature: of sampling, > 0: the source's noise is this many times that of training. Below
             1 a network that removes noise badly paints with less grain, and less detail.
+        gain: of sampling, > 0: the residual painted is this many times the network's. Above 1 it
+            makes up for detail that training left weak; must be 1 for a source of noise, whose
+            network puts out no residual.
         logit_mean: mean of logit(t) in training, before the shift (0 in SD3).
         logit_std: standard deviation of logit(t) in training (1 in SD3).
     """
@@ -40,6 +43,7 @@ class Flow:
     from_prediction: bool
     sigma: float
     temperature: float = 1.0
+    gain: float = 1.0
     logit_mean: float = 0.0
     logit_std: float = 1.0
 
@@ -52,6 +56,10 @@ class Flow:
             raise ValueError(
                 f"temperature is {self.temperature}: it must be positive (1 is neutral)"
             )
+        if self.gain <= 0:
+            raise ValueError(f"gain is {self.gain}: it must be positive (1 is neutral)")
+        if not self.from_prediction and self.gain != 1:
+            raise ValueError(f"gain is {self.gain}: a flow that starts from noise needs gain 1")
         if not self.from_prediction and self.sigma != 1:
             raise ValueError(f"sigma is {self.sigma}: a flow that starts from noise needs sigma 1")
 
@@ -75,10 +83,10 @@ class Flow:
     def output_to_velocity(
         self, output: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor
     ) -> Tensor:
-        """Velocity dx_t/dt from the network's output at times t (B,) in (0, 1]."""
+        """Velocity dx_t/dt of sampling from the network's output at times t (B,) in (0, 1]."""
         if not self.from_prediction:
             return output
-        return (x_t - prediction - output) / t.view(-1, *[1] * (x_t.ndim - 1))
+        return (x_t - prediction - self.gain * output) / t.view(-1, *[1] * (x_t.ndim - 1))
 
     def output_to_data(self, output: Tensor, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of x_0 from its output at times t (B,) in (0, 1]."""

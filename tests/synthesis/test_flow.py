@@ -105,6 +105,22 @@ def test_temperature_scales_the_noise_of_sampling_alone() -> None:
     torch.testing.assert_close(from_noise.sampling_source(prediction, noise), noise / 2)
 
 
+def test_gain_scales_the_residual_that_sampling_paints_alone() -> None:
+    flow = Flow(shift=1.0, from_prediction=True, sigma=0.5, gain=1.25)
+    x_0, prediction, noise = (double(*SHAPE, seed=seed) for seed in range(3))
+    output = flow.target(x_0, flow.source(prediction, noise), prediction)
+
+    def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
+        return flow.output_to_velocity(output, x_t, prediction, t)
+
+    painted = sample(flow, velocity, prediction, flow.source(prediction, noise), steps=3)
+    expected = prediction + 1.25 * (x_0 - prediction)
+    torch.testing.assert_close(painted, expected, rtol=0, atol=1e-12)
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    estimate = flow.output_to_data(output, x_0, prediction, t)
+    torch.testing.assert_close(estimate, x_0, rtol=0, atol=1e-12)
+
+
 @given(
     shift=st.floats(1, 20),
     times=st.lists(st.floats(0, 1), min_size=2, max_size=8),
@@ -166,6 +182,8 @@ def test_median_training_time_of_sd3() -> None:
         ({"sigma": -1.0}, "sigma -1.0"),
         ({"logit_std": 0.0}, "logit_std 0.0"),
         ({"sigma": 0.5}, "needs sigma 1"),
+        ({"gain": 0.0, "from_prediction": True}, "gain is 0.0"),
+        ({"gain": 1.1}, "needs gain 1"),
     ],
 )
 def test_bad_settings_are_refused(fields: dict[str, float], message: str) -> None:
