@@ -5,6 +5,7 @@
 | psnr | pair | torchmetrics, all three channels together, dB |
 | ms_ssim | pair | torchmetrics, RGB, at least 161 pixels a side |
 | gradient_energy | pair | `gradient_energy`: 1 is the original's amount of detail |
+| gradient_magnitude | pair | `gradient_magnitude`: the same, not squared |
 | lpips_alex, lpips_vgg | pair | torchmetrics |
 | dists | pair | torchmetrics |
 | clip_score | picture and caption | torchmetrics with a CLIP of transformers |
@@ -30,13 +31,20 @@ from torch import nn
 from percov2.evaluation import features
 from percov2.evaluation.features import Extractor, Patches, SetMetric, WholePictures
 from percov2.evaluation.network_metrics import ClipScore, Dists, Lpips, SegmentationAgreement
-from percov2.evaluation.pixel_metrics import GradientEnergy, MsSsim, PairMetric, Psnr
+from percov2.evaluation.pixel_metrics import (
+    GradientEnergy,
+    GradientMagnitude,
+    MsSsim,
+    PairMetric,
+    Psnr,
+)
 from percov2.evaluation.weights import AbsentError
 
 PAIR_METRICS = (
     "psnr",
     "ms_ssim",
     "gradient_energy",
+    "gradient_magnitude",
     "lpips_alex",
     "lpips_vgg",
     "dists",
@@ -149,6 +157,7 @@ def _make_pair(name: str, options: MetricOptions, *, captions: bool) -> PairMetr
         "psnr": Psnr(),
         "ms_ssim": MsSsim(),
         "gradient_energy": GradientEnergy(),
+        "gradient_magnitude": GradientMagnitude(),
     }
     return plain[name]
 

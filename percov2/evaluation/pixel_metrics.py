@@ -105,3 +105,26 @@ def gradient_energy(image: Tensor) -> float:
     down = image[..., 1:, :] - image[..., :-1, :]
     across = image[..., 1:] - image[..., :-1]
     return float(down.square().mean() + across.square().mean())
+
+
+class GradientMagnitude:
+    """See `gradient_magnitude`; relative as `GradientEnergy` is."""
+
+    name, identity, network = "gradient_magnitude", "gradient_magnitude", False
+    needs = GradientEnergy.needs
+
+    def __call__(self, original: Original, restored: Tensor) -> float | None:
+        """See `PairMetric`."""
+        reference = gradient_magnitude(original.pixels)
+        return gradient_magnitude(restored) / reference if reference else None
+
+
+def gradient_magnitude(image: Tensor) -> float:
+    """Mean length of the gradient: of the differences down and across, of all channels.
+
+    `gradient_energy` is mostly that of a picture's few strong edges; here fine texture, which
+    covers most of it, weighs more.
+    """
+    down = image[..., 1:, :-1] - image[..., :-1, :-1]
+    across = image[..., :-1, 1:] - image[..., :-1, :-1]
+    return float(torch.hypot(down, across).mean())

@@ -69,6 +69,9 @@ _KNOWN = {
         Metric(name="clip_score", title="CLIP score", kind="perception", better="higher", digits=2),
         Metric(name="miou", title="mIoU", kind="perception", better="higher"),
         Metric(name="gradient_energy", title="Gradient energy", digits=3, unit="original = 1"),
+        Metric(
+            name="gradient_magnitude", title="Gradient magnitude", digits=3, unit="original = 1"
+        ),
         Metric(name="token_saving_against_uniform", title="Token saving", digits=3),
     )
 }

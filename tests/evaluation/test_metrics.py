@@ -20,7 +20,15 @@ from transformers import (
 
 from percov2.evaluation.metrics import MetricOptions, make_suite
 from percov2.evaluation.network_metrics import ClipScore, Dists, Lpips, SegmentationAgreement
-from percov2.evaluation.pixel_metrics import GradientEnergy, MsSsim, Original, Psnr
+from percov2.evaluation.pixel_metrics import (
+    GradientEnergy,
+    GradientMagnitude,
+    MsSsim,
+    Original,
+    PairMetric,
+    Psnr,
+    gradient_magnitude,
+)
 from percov2.evaluation.weights import weights_from
 from tests.evaluation.pictures import make_picture, pixels_of
 from tests.tiny_models import randomise, tiny_clip_tokenizer
@@ -46,10 +54,10 @@ def test_psnr_and_ms_ssim_are_those_of_torchmetrics() -> None:
     assert MsSsim()(small, restored) is None
 
 
-def test_gradient_energy_tells_blur_from_noise() -> None:
+@pytest.mark.parametrize("metric", [GradientEnergy(), GradientMagnitude()], ids=lambda m: m.name)
+def test_gradient_metrics_tell_blur_from_noise(metric: PairMetric) -> None:
     original, blurred = _pair((64, 48))
     noisy = (original.pixels + 0.1 * torch.randn(original.pixels.shape)).clamp(0, 1)
-    metric = GradientEnergy()
     assert metric(original, original.pixels) == 1
     blur, noise = metric(original, blurred), metric(original, noisy)
     assert blur is not None
@@ -64,6 +72,14 @@ def test_gradient_energy_by_hand() -> None:
     original = Original(pixels=image, caption=None)
     # Down: 0 and -1, mean square 1/2; across: 1 and 0, mean square 1/2.
     assert GradientEnergy()(original, image / 2) == pytest.approx(0.25)
+
+
+def test_gradient_magnitude_by_hand() -> None:
+    image = torch.tensor([[0.0, 3.0, 3.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).expand(1, 3, 3, 3)
+    # Lengths (4, 3), (-3, 0), (-4, -4), (0, 0): 5, 3, the root of 32, 0.
+    assert gradient_magnitude(image) == pytest.approx((8 + 32**0.5) / 4)
+    original = Original(pixels=image, caption=None)
+    assert GradientMagnitude()(original, image / 2) == pytest.approx(0.5)
 
 
 def _backbone(folder: Path, name: str, file: str) -> None:
