@@ -32,9 +32,9 @@ class Flow:
         sigma: standard deviation of the source's noise, > 0; must be 1 for a source of noise.
         temperature: of sampling, > 0: the source's noise is this many times that of training. Below
             1 a network that removes noise badly paints with less grain, and less detail.
-        gain: of sampling, > 0: the residual painted is this many times the network's. Above 1 it
-            makes up for detail that training left weak; must be 1 for a source of noise, whose
-            network puts out no residual.
+        gain: of sampling, > 0: the residual painted is this many times the network's. Below 1 a
+            network that invents detail paints nearer to the prediction, and more faithfully; must
+            be 1 for a source of noise, whose network puts out no residual.
         logit_mean: mean of logit(t) in training, before the shift (0 in SD3).
         logit_std: standard deviation of logit(t) in training (1 in SD3).
     """

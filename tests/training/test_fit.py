@@ -167,7 +167,7 @@ def test_a_joint_tokenizer_moves_and_settles(trained: Run) -> None:
     assert same("joint-masked", "settle", "masked_transformer")
     config = percov2.load(str(trained.model("settle"))).config
     assert (config.rate_weight, config.color_weight) == (0.025, 2.0)
-    assert config.default_guidance == 0
+    assert (config.default_guidance, config.flow.gain) == (0, 0.9)
 
 
 def test_rates_have_ids_of_their_own(trained: Run) -> None:
