@@ -84,18 +84,6 @@ class MsSsim:
         return float(multiscale_structural_similarity_index_measure(preds, target, data_range=1.0))
 
 
-class GradientEnergy:
-    """See `gradient_energy`; relative to the original's, none for an original without gradient."""
-
-    name, identity, network = "gradient_energy", "gradient_energy", False
-    needs = "an original that is not of one colour"
-
-    def __call__(self, original: Original, restored: Tensor) -> float | None:
-        """See `PairMetric`."""
-        reference = gradient_energy(original.pixels)
-        return gradient_energy(restored) / reference if reference else None
-
-
 def gradient_energy(image: Tensor) -> float:
     """Mean squared difference of pixels next to each other, down and across, of all channels.
 
@@ -107,18 +95,6 @@ def gradient_energy(image: Tensor) -> float:
     return float(down.square().mean() + across.square().mean())
 
 
-class GradientMagnitude:
-    """See `gradient_magnitude`; relative as `GradientEnergy` is."""
-
-    name, identity, network = "gradient_magnitude", "gradient_magnitude", False
-    needs = GradientEnergy.needs
-
-    def __call__(self, original: Original, restored: Tensor) -> float | None:
-        """See `PairMetric`."""
-        reference = gradient_magnitude(original.pixels)
-        return gradient_magnitude(restored) / reference if reference else None
-
-
 def gradient_magnitude(image: Tensor) -> float:
     """Mean length of the gradient: of the differences down and across, of all channels.
 
@@ -128,3 +104,23 @@ def gradient_magnitude(image: Tensor) -> float:
     down = image[..., 1:, :-1] - image[..., :-1, :-1]
     across = image[..., :-1, 1:] - image[..., :-1, :-1]
     return float(torch.hypot(down, across).mean())
+
+
+class GradientEnergy:
+    """See `gradient_energy`; relative to the original's, none for an original without gradient."""
+
+    name, identity, network = "gradient_energy", "gradient_energy", False
+    needs = "an original that is not of one colour"
+    measure = staticmethod(gradient_energy)
+
+    def __call__(self, original: Original, restored: Tensor) -> float | None:
+        """See `PairMetric`."""
+        reference = self.measure(original.pixels)
+        return self.measure(restored) / reference if reference else None
+
+
+class GradientMagnitude(GradientEnergy):
+    """See `gradient_magnitude`; relative as `GradientEnergy` is."""
+
+    name, identity = "gradient_magnitude", "gradient_magnitude"
+    measure = staticmethod(gradient_magnitude)
