@@ -63,7 +63,11 @@ def tiny_tokenizer(*, reduction: int = 2, seed: int = 0) -> TokenizerComponents:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         autoencoder = PatchAutoencoder(
-            latent_channels=LATENT_CHANNELS, width=8, encoder_blocks=1, decoder_blocks=1
+            latent_channels=LATENT_CHANNELS,
+            encoder_width=8,
+            encoder_blocks=1,
+            decoder_width=8,
+            decoder_blocks=1,
         )
         _set_components(autoencoder)
         parts = TokenizerComponents(

@@ -38,11 +38,16 @@ class Autoencoder(nn.Module, ABC):
         """Of the decoder's `Refiner`; 0 without one."""
         return 0
 
-    def add_refiner(self, width: int) -> None:
+    @property
+    def refiner_blocks(self) -> int:
+        """Of the decoder's `Refiner`; 0 without one."""
+        return 0
+
+    def add_refiner(self, width: int, blocks: int) -> None:
         """Make a `Refiner` part of the decoder, if it has none yet.
 
         Raises:
-            ValueError: it has one of another width, or this kind takes none.
+            ValueError: it has one of another size, or this kind takes none.
         """
         raise ValueError(
             f"refiner_width is {width}: only the light autoencoder takes a refiner; set it to 0"
@@ -134,10 +139,12 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
 
     Args:
         latent_channels: number of components kept.
-        width: channels of the residual networks.
-        encoder_blocks: residual blocks before the latents.
-        decoder_blocks: residual blocks after the latents.
+        encoder_width: channels of the residual network before the latents.
+        encoder_blocks: its residual blocks.
+        decoder_width: channels of the residual network after the latents.
+        decoder_blocks: its residual blocks.
         refiner_width: channels of `Refiner` at half the resolution; 0 leaves it out.
+        refiner_blocks: of `Refiner`; 0 without one.
     """
 
     config: Any
@@ -151,19 +158,25 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         self,
         *,
         latent_channels: int,
-        width: int,
+        encoder_width: int,
         encoder_blocks: int,
+        decoder_width: int,
         decoder_blocks: int,
         refiner_width: int = 0,
+        refiner_blocks: int = 0,
     ) -> None:
         super().__init__()
         dim = 3 * PATCH * PATCH
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("components", torch.eye(dim)[:latent_channels].clone())
         self.register_buffer("scale", torch.ones(latent_channels))
-        self.encoder_residual = _residual_net(dim, width, encoder_blocks, latent_channels)
-        self.decoder_residual = _residual_net(latent_channels, width, decoder_blocks, dim)
-        self.refiner = Refiner(latent_channels, refiner_width) if refiner_width else None
+        self.encoder_residual = _residual_net(dim, encoder_width, encoder_blocks, latent_channels)
+        self.decoder_residual = _residual_net(latent_channels, decoder_width, decoder_blocks, dim)
+        self.refiner = (
+            Refiner(latent_channels, refiner_width, refiner_blocks)
+            if refiner_width or refiner_blocks
+            else None
+        )
 
     @property
     def latent_channels(self) -> int:
@@ -183,15 +196,22 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         """See `Autoencoder.refiner_width`."""
         return int(self.config.refiner_width)
 
-    def add_refiner(self, width: int) -> None:
+    @property
+    def refiner_blocks(self) -> int:
+        """See `Autoencoder.refiner_blocks`."""
+        return int(self.config.refiner_blocks)
+
+    def add_refiner(self, width: int, blocks: int) -> None:
         """See `Autoencoder.add_refiner`."""
+        found = {"refiner_width": self.refiner_width, "refiner_blocks": self.refiner_blocks}
+        wanted = {"refiner_width": width, "refiner_blocks": blocks}
         if self.refiner is None:
-            self.refiner = Refiner(self.latent_channels, width)
-            self.register_to_config(refiner_width=width)  # type: ignore[operator]
-        elif self.refiner_width != width:
+            self.refiner = Refiner(self.latent_channels, width, blocks)
+            self.register_to_config(**wanted)  # type: ignore[operator]
+        elif found != wanted:
             raise ValueError(
-                f"refiner_width is {width}, this autoencoder's is {self.refiner_width}: "
-                "use the same, or start from a model without a refiner"
+                f"the refiner is to have {wanted}, this autoencoder's has {found}: use the same, "
+                "or start from a model without a refiner"
             )
 
     def encode(self, image: Tensor) -> Tensor:

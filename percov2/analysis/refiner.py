@@ -27,21 +27,29 @@ class Refiner(nn.Module):
     Args:
         latent_channels: C.
         width: channels at half the resolution; a quarter has twice as many.
+        blocks: residual blocks at a quarter, even; half the resolution has half as many.
+
+    Raises:
+        ValueError: a width below 1, or a number of blocks that is odd or below 2.
     """
 
-    def __init__(self, latent_channels: int, width: int) -> None:
+    def __init__(self, latent_channels: int, width: int, blocks: int) -> None:
         super().__init__()
+        if width < 1 or blocks < 2 or blocks % 2:
+            raise ValueError(
+                f"refiner_width is {width} and refiner_blocks {blocks}: the width must be at least "
+                "1, the blocks even and at least 2; both are 0 for no refiner"
+            )
         self.enter = nn.Conv2d(3 * 4**2 + latent_channels + NOISE_CHANNELS, 2 * width, 1)
         self.at_quarter = nn.Sequential(
-            ResidualBlock(2 * width),
-            ResidualBlock(2 * width),
+            *(ResidualBlock(2 * width) for _ in range(blocks)),
             nn.SiLU(),
             nn.Conv2d(2 * width, 4 * width, 1),
             nn.PixelShuffle(2),
         )
         self.at_half = nn.Sequential(
             nn.Conv2d(3 * 2**2 + width + NOISE_CHANNELS, width, 3, padding=1),
-            ResidualBlock(width),
+            *(ResidualBlock(width) for _ in range(blocks // 2)),
             nn.SiLU(),
             zeroed(nn.Conv2d(width, 3 * 2**2, 3, padding=1)),
             nn.PixelShuffle(2),

@@ -27,7 +27,7 @@ from percov2.analysis.autoencoder import Autoencoder
 from percov2.efficientnet import EfficientNetLite
 from percov2.training.checkpoint_weights import read_weights
 from percov2.training.checkpointing import compare_shapes, shapes_of
-from percov2.training.feature_moments import FeatureMoments
+from percov2.training.frechet_loss import FrechetLoss
 from percov2.training.optimization import Optimization
 from percov2.training.patch_discriminator import PatchDiscriminator
 from percov2.training.picture_distances import (
@@ -56,7 +56,7 @@ class AdversarialLosses(NamedTuple):
         detail: `detail_distance`, to be lowered by the painter.
         features: Wasserstein distortion of standardised features, to be lowered by the painter:
             squared differences of means and standard deviations in overlapping windows.
-        moments: see `percov2.training.feature_moments.FeatureMoments`, of the last features' means
+        frechet: see `percov2.training.frechet_loss.FrechetLoss`, of the last features' means
             in windows of CELLS x CELLS cells; to be lowered by the painter.
         realism: minus the discriminator's opinion of the painted pictures, to be lowered by the
             painter; has no gradient to the discriminator.
@@ -70,7 +70,7 @@ class AdversarialLosses(NamedTuple):
     pattern: Tensor
     detail: Tensor
     features: Tensor
-    moments: Tensor
+    frechet: Tensor
     realism: Tensor
     texture: Tensor
     discriminator: Tensor
@@ -87,7 +87,7 @@ class Adversary(nn.Module):
         pattern_weight: of `AdversarialLosses.pattern`.
         detail_weight: of `AdversarialLosses.detail`.
         feature_weight: of `AdversarialLosses.features`.
-        moments_weight: of `AdversarialLosses.moments`.
+        frechet_weight: of `AdversarialLosses.frechet`.
         realism_weight: of `AdversarialLosses.realism`.
         texture_weight: of `AdversarialLosses.texture`; 0 spares the patch discriminator.
         optimization: of the discriminators.
@@ -95,6 +95,7 @@ class Adversary(nn.Module):
             even the originals; no latents that a flow could paint would then look sharp.
         refiner_width: of a `percov2.analysis.refiner.Refiner` that the light autoencoder's decoder
             gets, if it has none; 0 adds none.
+        refiner_blocks: of the same.
         channels: of a head, at most.
         patch_width: of `percov2.training.patch_discriminator.PatchDiscriminator`.
         latent_channels: of the autoencoder, for the same.
@@ -118,12 +119,13 @@ class Adversary(nn.Module):
         pattern_weight: float,
         detail_weight: float,
         feature_weight: float,
-        moments_weight: float,
+        frechet_weight: float,
         realism_weight: float,
         texture_weight: float,
         optimization: Optimization,
         train_decoder: bool,
         refiner_width: int = 0,
+        refiner_blocks: int = 0,
         channels: int = 64,
         patch_width: int = 48,
         latent_channels: int = 16,
@@ -137,7 +139,7 @@ class Adversary(nn.Module):
             "pattern_weight": pattern_weight,
             "detail_weight": detail_weight,
             "feature_weight": feature_weight,
-            "moments_weight": moments_weight,
+            "frechet_weight": frechet_weight,
             "realism_weight": realism_weight,
             "texture_weight": texture_weight,
         }
@@ -145,18 +147,18 @@ class Adversary(nn.Module):
             raise ValueError(f"steps is {steps} and must be at least 1")
         if negative := {name: weight for name, weight in weights.items() if weight < 0}:
             raise ValueError(f"{negative}: weights must not be negative")
-        if refiner_width and not train_decoder:
+        if (refiner_width or refiner_blocks) and not train_decoder:
             raise ValueError(
                 f"refiner_width is {refiner_width} and train_decoder false: a refiner that does "
                 "not learn does nothing; set train_decoder true"
             )
-        self.refiner_width = refiner_width
+        self.refiner_width, self.refiner_blocks = refiner_width, refiner_blocks
         self.steps, self.optimization, self.train_decoder = steps, optimization, train_decoder
         self.flow_weight, self.pixel_weight = flow_weight, pixel_weight
         self.layout_weight = layout_weight
         self.pattern_weight, self.detail_weight = pattern_weight, detail_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
-        self.moments_weight, self.moments = moments_weight, FeatureMoments(LAST_FEATURES)
+        self.frechet_weight, self.frechet = frechet_weight, FrechetLoss(LAST_FEATURES)
         self.texture_weight, self.latent_channels = texture_weight, latent_channels
         self.patches = PatchDiscriminator(latent_channels, patch_width) if texture_weight else None
         self.heads = nn.ModuleList(_head(n, min(n, channels)) for n in LEVEL_CHANNELS)
@@ -179,8 +181,8 @@ class Adversary(nn.Module):
                 f"adversary.latent_channels is {self.latent_channels}, the autoencoder has "
                 f"{autoencoder.latent_channels}: set it to that"
             )
-        if self.refiner_width:
-            autoencoder.add_refiner(self.refiner_width)
+        if self.refiner_width or self.refiner_blocks:
+            autoencoder.add_refiner(self.refiner_width, self.refiner_blocks)
 
     def _go_on_from(self, checkpoint: Path) -> None:
         """Take over the discriminators of a checkpoint of `percov2.training.FlowStage`."""
@@ -210,7 +212,7 @@ class Adversary(nn.Module):
             real = [_edges(original), *self._features(original)]
             last = self._last(real[-1])
         fake = [_edges(painted), *self._features(painted)]
-        moments = self.moments(self._last(fake[-1]), last)
+        frechet = self.frechet(self._last(fake[-1]), last)
         # In units of the batch's originals: no level, and no channel, drowns the others.
         units = [torch.std_mean(level, dim=(0, 2, 3), keepdim=True) for level in real]
         real, fake = (
@@ -233,7 +235,7 @@ class Adversary(nn.Module):
             pattern=pattern_distance(painted, original),
             detail=detail_distance(painted, original),
             features=features,
-            moments=moments,
+            frechet=frechet,
             realism=realism,
             texture=texture,
             discriminator=_hinge(self._opinions(real), 1)
@@ -255,7 +257,7 @@ class Adversary(nn.Module):
             + self.pattern_weight * losses.pattern
             + self.detail_weight * losses.detail
             + self.feature_weight * losses.features
-            + self.moments_weight * losses.moments
+            + self.frechet_weight * losses.frechet
             + self.realism_weight * losses.realism
             + self.texture_weight * losses.texture
             + losses.discriminator

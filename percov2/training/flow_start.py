@@ -195,7 +195,7 @@ class FromModel(FlowStart):
         """
         source = load_autoencoder(self.directory)
         if source.refiner_width:
-            autoencoder.add_refiner(source.refiner_width)
+            autoencoder.add_refiner(source.refiner_width, source.refiner_blocks)
         if shapes_of(source.state_dict()) != shapes_of(autoencoder.state_dict()):
             raise ValueError(
                 f"{self.directory}: its autoencoder differs from stage 1's: use a stage 1 that was "

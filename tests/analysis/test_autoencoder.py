@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from percov2.analysis.autoencoder import PATCH, PatchAutoencoder, StableDiffusionAutoencoder
+from percov2.layers import ResidualBlock
 from tests.tiny_models import randomise
 
 SHIFT, SCALE = 0.0609, 1.5305
@@ -91,7 +92,11 @@ def test_images_must_be_padded(shape: tuple[int, ...]) -> None:
 def make_patches(latent_channels: int) -> PatchAutoencoder:
     torch.manual_seed(0)
     autoencoder: PatchAutoencoder = PatchAutoencoder(
-        latent_channels=latent_channels, width=8, encoder_blocks=1, decoder_blocks=2
+        latent_channels=latent_channels,
+        encoder_width=8,
+        encoder_blocks=1,
+        decoder_width=8,
+        decoder_blocks=2,
     )
     return autoencoder
 
@@ -232,7 +237,7 @@ def test_a_new_refiner_changes_nothing_and_a_trained_one_crosses_the_patches() -
     autoencoder, image = make_patches(4), make_image(32, 48)
     latents = autoencoder.encode(image)
     before = autoencoder.decode(latents)
-    autoencoder.add_refiner(4)
+    autoencoder.add_refiner(4, 2)
     assert torch.equal(autoencoder.decode(latents), before)
     assert autoencoder.refiner is not None
     torch.nn.init.normal_(autoencoder.refiner.at_half[-2].weight)
@@ -246,20 +251,43 @@ def test_a_new_refiner_changes_nothing_and_a_trained_one_crosses_the_patches() -
     assert cols.max() >= 24
 
 
-def test_a_refiner_of_another_width_is_refused() -> None:
+def test_a_refiner_of_another_size_is_refused() -> None:
     autoencoder = make_patches(4)
-    autoencoder.add_refiner(4)
-    autoencoder.add_refiner(4)
-    with pytest.raises(ValueError, match="refiner_width is 8, this autoencoder's is 4"):
-        autoencoder.add_refiner(8)
+    autoencoder.add_refiner(4, 2)
+    autoencoder.add_refiner(4, 2)
+    for width, blocks in ((8, 2), (4, 4)):
+        with pytest.raises(ValueError, match=r"'refiner_width': 4, 'refiner_blocks': 2\}: use"):
+            autoencoder.add_refiner(width, blocks)
     with pytest.raises(ValueError, match="only the light autoencoder takes a refiner"):
-        StableDiffusionAutoencoder(make_vae()).add_refiner(4)
+        StableDiffusionAutoencoder(make_vae()).add_refiner(4, 2)
 
 
 def test_a_refiner_is_saved_and_loaded(tmp_path: Path) -> None:
     autoencoder = make_patches(4)
-    autoencoder.add_refiner(4)
+    autoencoder.add_refiner(4, 2)
     autoencoder.save_pretrained(tmp_path)
     loaded: PatchAutoencoder = PatchAutoencoder.from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == autoencoder.state_dict().keys()
-    assert loaded.config.refiner_width == 4
+    assert (loaded.refiner_width, loaded.refiner_blocks) == (4, 2)
+
+
+@pytest.mark.parametrize(("width", "blocks"), [(4, 0), (0, 2), (4, 3), (-1, 2)])
+def test_refuses_a_refiner_without_width_or_with_odd_blocks(width: int, blocks: int) -> None:
+    with pytest.raises(ValueError, match=f"refiner_width is {width} and refiner_blocks {blocks}"):
+        PatchAutoencoder(
+            latent_channels=4,
+            encoder_width=8,
+            encoder_blocks=1,
+            decoder_width=8,
+            decoder_blocks=1,
+            refiner_width=width,
+            refiner_blocks=blocks,
+        )
+
+
+def test_a_refiner_has_half_as_many_blocks_at_half_the_resolution() -> None:
+    autoencoder = make_patches(4)
+    autoencoder.add_refiner(4, 6)
+    assert autoencoder.refiner is not None
+    parts = autoencoder.refiner.at_quarter, autoencoder.refiner.at_half
+    assert [sum(isinstance(x, ResidualBlock) for x in part) for part in parts] == [6, 3]

@@ -39,7 +39,7 @@ def adversary(
         "pattern_weight": 1.0,
         "detail_weight": 1.0,
         "feature_weight": 1.0,
-        "moments_weight": 1.0,
+        "frechet_weight": 1.0,
         "realism_weight": 0.1,
         "texture_weight": 0.1,
     }
@@ -50,6 +50,7 @@ def adversary(
             optimization=Optimization(lr=3e-3, warmup_steps=0, betas=(0.0, 0.99)),
             train_decoder=train_decoder,
             refiner_width=refiner_width,
+            refiner_blocks=2 if refiner_width else 0,
             patch_width=8,
             latent_channels=4,
             start=start,
@@ -81,7 +82,7 @@ def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
         "pattern",
         "detail",
         "features",
-        "moments",
+        "frechet",
         "realism",
         "texture",
     ):
@@ -129,11 +130,11 @@ def test_identical_pictures_differ_in_nothing() -> None:
     assert float(losses.pixels) == float(losses.layout) == 0
     assert float(losses.pattern) == float(losses.detail) == 0
     assert float(losses.features) < 1e-5
-    assert float(losses.moments) == 0
+    assert float(losses.frechet) < 1e-9
 
 
 def test_total_weighs_every_term() -> None:
-    painter = ("pixel", "layout", "pattern", "detail", "feature", "moments", "realism", "texture")
+    painter = ("pixel", "layout", "pattern", "detail", "feature", "frechet", "realism", "texture")
     digits = {f"{name}_weight": float(n) for n, name in enumerate(("flow", *painter), start=2)}
     judge = adversary(**digits)
     values = [*(10.0**power for power in range(1, 9)), 0.5]
@@ -193,7 +194,9 @@ def test_without_its_weight_there_is_no_patch_discriminator() -> None:
 
 def test_refuses_an_autoencoder_of_other_latents() -> None:
     judge = adversary()
-    autoencoder = PatchAutoencoder(latent_channels=3, width=8, encoder_blocks=1, decoder_blocks=1)
+    autoencoder = PatchAutoencoder(
+        latent_channels=3, encoder_width=8, encoder_blocks=1, decoder_width=8, decoder_blocks=1
+    )
     with pytest.raises(ValueError, match=r"latent_channels is 4, the autoencoder has 3"):
         judge.prepare(autoencoder)
 
@@ -281,7 +284,7 @@ def test_heads_have_a_rate_of_their_own_and_no_network_is_checkpointed(
     assert heads == {id(p) for p in groups[1]["params"]}
     assert not heads & {id(p) for p in groups[0]["params"]}
     kept = {key.partition(".")[0] for key in stage.adversary.state_dict()}
-    assert kept == {"heads", "moments", "patches"}
+    assert kept == {"heads", "frechet", "patches"}
 
 
 def test_exported_model_has_the_trained_decoder_and_no_adversary(

@@ -134,7 +134,9 @@ def flow_stage(
 def test_autoencoder_loss_reaches_both_residuals(batch: Batch) -> None:
     from percov2.analysis.autoencoder import PatchAutoencoder
 
-    autoencoder = PatchAutoencoder(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1)
+    autoencoder = PatchAutoencoder(
+        latent_channels=4, encoder_width=8, encoder_blocks=1, decoder_width=8, decoder_blocks=1
+    )
     stage = AutoencoderStage(autoencoder=autoencoder, optimization=FAST)
     for _ in range(3):  # zero-initialised layers open one after the other
         _step(stage, stage.training_step(batch, 0))

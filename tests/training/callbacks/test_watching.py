@@ -381,7 +381,9 @@ def test_a_run_without_tensorboard_is_refused(callback: L.Callback, tmp_path: Pa
 
 @pytest.mark.parametrize("callback", watchers(), ids=lambda c: type(c).__name__)
 def test_another_module_is_refused(callback: L.Callback, tmp_path: Path) -> None:
-    autoencoder = PatchAutoencoder(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1)
+    autoencoder = PatchAutoencoder(
+        latent_channels=4, encoder_width=8, encoder_blocks=1, decoder_width=8, decoder_blocks=1
+    )
     stage = AutoencoderStage(
         autoencoder=autoencoder, optimization=Optimization(lr=1e-3, warmup_steps=0)
     )
