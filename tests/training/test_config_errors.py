@@ -17,17 +17,17 @@ NESTED = """Parser key "model":
 
 
 def test_an_unknown_option_of_a_nested_class_names_field_class_and_neighbour() -> None:
-    line = explain(NESTED.format(leaf="Option 'widht' is not accepted"), [])
+    line = explain(NESTED.format(leaf="Option 'encoder_widht' is not accepted"), [])
     assert line == (
-        "model.autoencoder (percov2.analysis.autoencoder.PatchAutoencoder) has no option 'widht', "
-        "the nearest known name is 'width'"
+        "model.autoencoder (percov2.analysis.autoencoder.PatchAutoencoder) has no option "
+        "'encoder_widht', the nearest known name is 'encoder_width'"
     )
 
 
 def test_a_wrong_type_names_the_field_and_the_type() -> None:
-    leaf = "Parser key \"width\":\n              Expected a <class 'int'>. Got value: wide"
+    leaf = "Parser key \"encoder_width\":\n              Expected a <class 'int'>. Got value: wide"
     line = explain(NESTED.format(leaf=leaf), [])
-    assert line == "model.autoencoder.width: expected a <class 'int'>. Got value: wide"
+    assert line == "model.autoencoder.encoder_width: expected a <class 'int'>. Got value: wide"
 
 
 def test_an_unknown_option_of_a_group() -> None:

@@ -75,7 +75,7 @@ class Run:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("runs"), training_data)
-    small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
+    small = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
     run.fit(["autoencoder.yaml"], "ae", 2, *small)
     entropy = [f"--vars.autoencoder={run.model('ae')}", *ENTROPY]
     run.fit(["stage1.yaml"], "s1", 4, "--vars.tokenizer_steps=2", *entropy)
@@ -233,7 +233,7 @@ def test_unknown_keys_are_refused(
 
 def test_a_folder_that_cannot_hold_files_is_refused(training_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
+    small = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
     with pytest.raises(ValueError, match=r"vars\.run is .*x, .*Not a directory.*choose"):
         Run(tmp_path / "file", training_data).fit(["autoencoder.yaml"], "x", 1, *small)
 
@@ -275,7 +275,7 @@ def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run)
 
 
 def test_auto_starts_afresh_without_a_checkpoint(trained: Run) -> None:
-    small = ["--model.autoencoder.width=8", "--model.component_batches=2"]
+    small = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
     trainer = trained.fit(["autoencoder.yaml"], "ae-fresh", 1, "--ckpt_path=auto", *small)
     assert trainer.global_step == 1
     assert (trained.model("ae-fresh") / "training.yaml").is_file()
