@@ -30,6 +30,12 @@ BT601 = (
 """Rows: Y, Cb and Cr of red, green and blue (ITU-R BT.601, as in JFIF: most photographs were JPEGs,
 whose chroma is free of fine detail in these axes; CompressAI's conversion has those of BT.709)."""
 
+SPECTRUM = 16
+"""Rows and columns of pixels of a window whose spectrum counts."""
+
+CLASSES = 8
+"""Of windows, by the strength of the original's detail there; their mean spectra are compared."""
+
 PERIOD = 16
 """Pixels of the coarsest patch that a network puts out: a transformer's, of 2x2 latents."""
 
@@ -78,11 +84,15 @@ def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
     Squared error makes a painter weaken detail that it cannot know, by half in the octaves between
     3 and 16 pixels a period, and features hardly tell. Compared is the logarithm of the root mean
     square of each octave of a Laplacian pyramid (Burt and Adelson, 1983), of luma and of either
-    chroma: twice as strong is as wrong as half, in the sky as in foliage. This both in overlapping
-    windows and over all pictures: the best guess of a logarithm is that of a geometric mean, and
-    a painter who guesses well in every window has too little detail on the whole.
+    chroma, in overlapping windows: twice as strong is as wrong as half, in the sky as in foliage.
+
+    The best guess of a logarithm is that of a geometric mean, so a painter who guesses well in
+    every window has too little detail on the whole; and a ripple of one frequency is as strong as
+    a texture. So the logarithms of mean power spectra are compared too, over all windows of the
+    batch whose originals have about as much detail.
     """
     painted, original = luma_and_chroma(painted), luma_and_chroma(original)
+    spectrum = _spectrum_distance(painted, original)
     distances = []
     for level in range(BANDS):
         cells = max(WINDOW >> level, 8)
@@ -90,9 +100,7 @@ def detail_distance(painted: Tensor, original: Tensor) -> Tensor:
             _halve(pictures, cells) for pictures in (painted, original)
         )
         distances.append(F.mse_loss(_strength(one), _strength(other)))
-        one, other = (square.mean((0, 2, 3)) for square in (one, other))
-        distances.append(F.mse_loss(_strength(one), _strength(other)))
-    return torch.stack(distances).mean()
+    return (torch.stack(distances).mean() + spectrum) / 2
 
 
 def luma_and_chroma(pictures: Tensor) -> Tensor:
@@ -112,6 +120,33 @@ def _halve(pictures: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     half = F.avg_pool2d(pictures, 2, ceil_mode=True)
     lost = pictures - F.interpolate(half, pictures.shape[2:], mode="bilinear")
     return half, F.avg_pool2d(lost.square(), cells, stride=cells // 2)
+
+
+def _spectrum_distance(painted: Tensor, original: Tensor) -> Tensor:
+    """Mean squared difference of the logarithms of mean spectra, class by class, a scalar."""
+    found, wanted = _power(painted), _power(original)
+    classes = wanted[:, 0].mean(1).argsort().chunk(CLASSES)
+    return torch.stack(
+        [
+            F.mse_loss(_strength(found[windows].mean(0)), _strength(wanted[windows].mean(0)))
+            for windows in classes
+        ]
+    ).mean()
+
+
+def _power(pictures: Tensor) -> Tensor:
+    """Power at periods of half a window and less (windows, 3, frequencies), that of white noise
+    being its mean square at each, in windows (Hann's) that overlap by half."""
+    hann = torch.hann_window(SPECTRUM, device=pictures.device)
+    hann = hann[:, None] * hann
+    step = SPECTRUM // 2
+    windows = pictures.unfold(2, SPECTRUM, step).unfold(3, SPECTRUM, step)
+    windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    windows = (windows - windows.mean((-2, -1), keepdim=True)) * hann
+    power = torch.fft.rfft2(windows).abs().square() / hann.square().sum()
+    down = torch.fft.fftfreq(SPECTRUM, device=pictures.device)[:, None]
+    across = torch.fft.rfftfreq(SPECTRUM, device=pictures.device)
+    return power[..., torch.hypot(down, across) >= 2 / SPECTRUM]
 
 
 def _strength(square: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from percov2.fit import main
 from percov2.training.adversary import AdversarialLosses
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
+AUTOENCODER = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
 ENTROPY = [
     "--model.hyper_encoder.hidden_channels=8",
     "--vars.feature_channels=8",
@@ -75,8 +76,7 @@ class Run:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Run:
     run = Run(tmp_path_factory.mktemp("runs"), training_data)
-    small = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
-    run.fit(["autoencoder.yaml"], "ae", 2, *small)
+    run.fit(["autoencoder.yaml"], "ae", 2, *AUTOENCODER)
     entropy = [f"--vars.autoencoder={run.model('ae')}", *ENTROPY]
     run.fit(["stage1.yaml"], "s1", 4, "--vars.tokenizer_steps=2", *entropy)
     overlay = ["stage1.yaml", "low/stage1.yaml"]
@@ -233,9 +233,8 @@ def test_unknown_keys_are_refused(
 
 def test_a_folder_that_cannot_hold_files_is_refused(training_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    small = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
     with pytest.raises(ValueError, match=r"vars\.run is .*x, .*Not a directory.*choose"):
-        Run(tmp_path / "file", training_data).fit(["autoencoder.yaml"], "x", 1, *small)
+        Run(tmp_path / "file", training_data).fit(["autoencoder.yaml"], "x", 1, *AUTOENCODER)
 
 
 def test_a_finished_run_is_not_exported_anew(trained: Run) -> None:
@@ -275,8 +274,7 @@ def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run)
 
 
 def test_auto_starts_afresh_without_a_checkpoint(trained: Run) -> None:
-    small = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
-    trainer = trained.fit(["autoencoder.yaml"], "ae-fresh", 1, "--ckpt_path=auto", *small)
+    trainer = trained.fit(["autoencoder.yaml"], "ae-fresh", 1, "--ckpt_path=auto", *AUTOENCODER)
     assert trainer.global_step == 1
     assert (trained.model("ae-fresh") / "training.yaml").is_file()
 
