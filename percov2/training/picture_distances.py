@@ -143,10 +143,11 @@ def _power(pictures: Tensor) -> Tensor:
     windows = pictures.unfold(2, SPECTRUM, step).unfold(3, SPECTRUM, step)
     windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
     windows = (windows - windows.mean((-2, -1), keepdim=True)) * hann
-    power = torch.fft.rfft2(windows).abs().square() / hann.square().sum()
+    power: Tensor = torch.fft.rfft2(windows).abs().square() / hann.square().sum()
     down = torch.fft.fftfreq(SPECTRUM, device=pictures.device)[:, None]
     across = torch.fft.rfftfreq(SPECTRUM, device=pictures.device)
-    return power[..., torch.hypot(down, across) >= 2 / SPECTRUM]
+    fine = torch.hypot(down, across) >= 2 / SPECTRUM
+    return power[..., fine]
 
 
 def _strength(square: Tensor) -> Tensor:
