@@ -5,10 +5,9 @@
 For each model: bits per token of every schedule group from real payloads; the saving against
 log2(V) bits and against the zero-order entropy of the tokens of *other* pictures (``--held-out``);
 what the integers cost against the float model; seconds; rate and quality of hybrid mode for every
-number of groups (``--hybrid``, which paints), of rate weights (``--rate-weights``, likewise) and
-of colour weights. Tokens are chosen by the model's own weights; ``--nearest`` takes the nearest
-codes.
-Schedules are compared by ``benchmarks.schedules``.
+number of groups (``--hybrid``, which paints), of rate weights (``--rate-weights``, likewise), of
+colour weights and of latent weights. Tokens are chosen by the model's own weights; ``--nearest``
+takes the nearest codes. Schedules are compared by ``benchmarks.schedules``.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def grids_of(codec: Codec, folder: Path, *, nearest: bool) -> list[Tokens]:
     """Tokens of all pictures of a folder."""
     weight = 0.0 if nearest else None
     return [
-        codec.encode_tokens(path, rate_weight=weight, color_weight=weight)
+        codec.encode_tokens(path, rate_weight=weight, color_weight=weight, latent_weight=weight)
         for path in list_images(folder)
     ]
 
@@ -224,9 +223,17 @@ def main() -> None:
     parser.add_argument(
         "--color-weights", nargs="*", type=float, default=[], metavar="W", help="likewise"
     )
+    parser.add_argument(
+        "--latent-weights", nargs="*", type=float, default=[], metavar="W", help="likewise"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="rate and PSNR of the painted")
     args = parser.parse_args()
-    if args.plot and not (args.hybrid or args.rate_weights or args.color_weights):
+    weights = {
+        "rate_weight": args.rate_weights,
+        "color_weight": args.color_weights,
+        "latent_weight": args.latent_weights,
+    }
+    if args.plot and not (args.hybrid or any(weights.values())):
         parser.error("--plot needs --hybrid or weights: nothing is painted")
     encode, decode = coder_milliseconds()
     print(f"range coder alone, 1,536 symbols of 256: {encode:.1f} ms and {decode:.1f} ms\n")
@@ -244,10 +251,7 @@ def main() -> None:
             total = min(codec.summary.steps_total(*read_image(path)[0].size) for path in paths)
             steps = list(range(1, total + 1))
             curves[f"{model}, groups sent"] = painted(codec, paths, "schedule_steps", steps)
-        for option, values in (
-            ("rate_weight", args.rate_weights),
-            ("color_weight", args.color_weights),
-        ):
+        for option, values in weights.items():
             if values:
                 label = f"{model}, {option.replace('_', ' ')}"
                 curves[label] = painted(codec, paths, option, values)

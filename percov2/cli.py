@@ -138,6 +138,13 @@ def _add_compress(commands: Any) -> None:
         "ignores it (default: the model's)",
     )
     parser.add_argument(
+        "--latent-weight",
+        type=float,
+        metavar="W",
+        help="how much similarity an error of the decoded latents is worth in that choice; 0 "
+        "spares the search for tokens that decode well (default: the model's)",
+    )
+    parser.add_argument(
         "--entropy",
         choices=("model", "uniform"),
         default="model",
@@ -219,6 +226,7 @@ def _compress(args: argparse.Namespace) -> int:
             max_bytes=args.max_bytes,
             rate_weight=args.rate_weight,
             color_weight=args.color_weight,
+            latent_weight=args.latent_weight,
             uniform=args.entropy == "uniform",
         )
         with atomic_path(target) as temporary:

@@ -11,7 +11,7 @@ features        hyper-encoder               features        quantiser's codebook
   v                                           v
 tokens          quantiser's codes, chosen   condition       latent decoder     caption -> text
   v                                           v                                   |
-  |             by nearness and bits        latents         flow transformer <----+
+  |             by nearness, bits and       latents         flow transformer <----+
   v                                           v             from the source, Euler steps
 bytes           token coder + masked        image           autoencoder, cropped
                 transformer; caption
@@ -197,6 +197,7 @@ class Codec:
         max_bytes: int | None = None,
         rate_weight: float | None = None,
         color_weight: float | None = None,
+        latent_weight: float | None = None,
         uniform: bool = False,
     ) -> bytes:
         """Photograph to the bytes of a `.pcv2` file. The same input gives the same bytes.
@@ -214,6 +215,9 @@ class Codec:
                 See `percov2.token_chooser`.
             color_weight: similarity that an error of the decoded colour is worth; 0 ignores it,
                 None is the model's default. See there.
+            latent_weight: similarity that an error of the decoded latents is worth; 0 spares the
+                search for tokens that decode well, which takes a third of the encoder's time; None
+                is the model's default. See there.
             uniform: code the tokens without the masked model (portable mode): larger, and
                 decodable with the codebook alone. Bits are ignored.
 
@@ -223,7 +227,9 @@ class Codec:
         schedule = "uniform" if uniform else self.config.schedule
         if rate_weight is None:
             rate_weight = 0.0 if uniform else self.config.rate_weight
-        check_choice_weights(rate_weight=rate_weight, color_weight=0.0, schedule=schedule)
+        check_choice_weights(
+            rate_weight=rate_weight, color_weight=0.0, latent_weight=0.0, schedule=schedule
+        )
         picture = _to_picture(image)
         total = self.summary.steps_total(*picture.size)
         steps = total if schedule_steps is None else schedule_steps
@@ -236,7 +242,12 @@ class Codec:
 
         @cache
         def choose(weight: float) -> Tokens:
-            return self.encode_tokens(picture, rate_weight=weight, color_weight=color_weight)
+            return self.encode_tokens(
+                picture,
+                rate_weight=weight,
+                color_weight=color_weight,
+                latent_weight=latent_weight,
+            )
 
         def write(content: Content) -> bytes:
             tokens = choose(content.rate_weight)
@@ -299,6 +310,7 @@ class Codec:
         *,
         rate_weight: float | None = None,
         color_weight: float | None = None,
+        latent_weight: float | None = None,
     ) -> Tokens:
         """Photograph to tokens (r, c), what `compress` entropy-codes unless it must fit a size.
 
@@ -306,15 +318,18 @@ class Codec:
             image: see `compress`.
             rate_weight: likewise.
             color_weight: likewise.
+            latent_weight: likewise.
 
         Raises:
             ValueError: not an image, its size, or a weight.
         """
         padded = self._pad(image_to_tensor(_to_picture(image))[None]).to(self.device)
+        config = self.config
         chosen = self._choose(
             self.components.tokenizer.autoencoder.encode(padded),
-            rate_weight=self.config.rate_weight if rate_weight is None else rate_weight,
-            color_weight=self.config.color_weight if color_weight is None else color_weight,
+            rate_weight=config.rate_weight if rate_weight is None else rate_weight,
+            color_weight=config.color_weight if color_weight is None else color_weight,
+            latent_weight=config.latent_weight if latent_weight is None else latent_weight,
         )
         tokens: Tokens = chosen[0].cpu().numpy()
         return tokens

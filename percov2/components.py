@@ -58,6 +58,7 @@ class CodecConfig:
         rate_weight: of `percov2.token_chooser.TokenChooser` when the user names none; 0 for
             models that were stored before there was one.
         color_weight: likewise.
+        latent_weight: likewise.
 
     Raises:
         ValueError: a value out of range.
@@ -73,6 +74,7 @@ class CodecConfig:
     default_guidance: float
     rate_weight: float = 0.0
     color_weight: float = 0.0
+    latent_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -85,7 +87,10 @@ class CodecConfig:
                 f"{self.default_guidance} at least 0"
             )
         check_choice_weights(
-            rate_weight=self.rate_weight, color_weight=self.color_weight, schedule=self.schedule
+            rate_weight=self.rate_weight,
+            color_weight=self.color_weight,
+            latent_weight=self.latent_weight,
+            schedule=self.schedule,
         )
 
     def to_json(self) -> str:

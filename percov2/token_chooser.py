@@ -1,13 +1,16 @@
-"""The encoder's choice of tokens: similarity, bits, and the colour that they decode to.
+"""The encoder's choice of tokens: similarity, bits, and what they decode to.
 
 Similarity of vectors tells little of colour: a pale sky may turn white at nearly no loss, the more
 easily where white costs fewer bits. The encoder therefore looks at what its tokens decode to, group
 after group, and lets later tokens make up for the errors of earlier ones and of their neighbours,
 as error diffusion does in halftoning (Floyd and Steinberg 1976, "An adaptive algorithm for spatial
-greyscale"). A decoder neither knows nor needs to.
+greyscale"). At last it decodes, place by place, the few codes that come first there, and takes the
+one whose latents are nearest to the picture's, all else considered: analysis by synthesis, as in
+speech coders (Atal and Remde 1982, "A new model of LPC excitation for producing natural-sounding
+speech at low bit rates"). A decoder neither knows nor needs to.
 Shape legend: B batch, C latent channels, h and w latent rows and columns, f the reduction,
-r = h / f and c = w / f token rows and columns, V codebook size, n tokens of a group. Colours are
-RGB in the pictures' range [-1, 1].
+r = h / f and c = w / f token rows and columns, V codebook size, n tokens of a group, K candidates a
+place. Colours are RGB in the pictures' range [-1, 1].
 """
 
 from __future__ import annotations
@@ -19,11 +22,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from percov2.components import TokenizerComponents
-from percov2.entropy.token_choice import check_choice_weights, choose_tokens
+from percov2.entropy.token_choice import Choice, check_choice_weights, choose_tokens
 
 _GRID = 5
 """Side of the grids of one code, or one latent, whose middle tells what it decodes to."""
 _CODES_AT_ONCE = 128
+CANDIDATES = 3
+"""Codes of a place that are decoded before one is taken; a decoding of the latents each."""
+_STRIDE = 3
+"""Places at this distance are tried at once: a token changes its neighbours, and little beyond."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +121,52 @@ class ColorFeedback:
         scores.sub_(self._weight * codes.square().sum(1))
 
 
+@torch.no_grad()
+def search_tokens(
+    parts: TokenizerComponents, latents: Tensor, choice: Choice, *, weight: float
+) -> Tensor:
+    """The candidates of largest score - weight x squared error of what they decode to.
+
+    The error is that of the latents of a token and of its eight neighbours, summed: the latent
+    decoder sees them together. Every place is visited once, a ninth of them at a time.
+
+    Args:
+        parts: whose quantiser and latent decoder tell what tokens decode to.
+        latents: (B, C, h, w), of the pictures.
+        choice: the tokens so far and what else is tried.
+        weight: similarity that a squared error of 1 is worth.
+
+    Returns:
+        (B, r, c) int64 tokens in [0, V).
+    """
+    tokens, count = choice.tokens.clone(), choice.codes.shape[-1]
+    for top in range(min(_STRIDE, tokens.shape[1])):
+        for left in range(min(_STRIDE, tokens.shape[2])):
+            places = (..., slice(top, None, _STRIDE), slice(left, None, _STRIDE))
+            codes, scores = (
+                values.movedim(-1, 0)[places] for values in (choice.codes, choice.scores)
+            )
+            values = []
+            for k in range(count):
+                trial = tokens.clone()
+                trial[places] = codes[k]
+                errors = _latent_errors(parts, latents, trial)
+                values.append(scores[k] - weight * errors[places])
+            best = torch.stack(values).argmax(0, keepdim=True)
+            tokens[places] = codes.gather(0, best)[0]
+    return tokens
+
+
+def _latent_errors(parts: TokenizerComponents, latents: Tensor, tokens: Tensor) -> Tensor:
+    """(B, r, c), squared errors of the latents that tokens (B, r, c) decode to, see above."""
+    decoded = parts.latent_decoder(parts.quantizer.tokens_to_features(tokens)).float()
+    squares = (latents - decoded).square().sum(1, keepdim=True)
+    side = squares.shape[2] // tokens.shape[1]
+    of_tokens = F.avg_pool2d(squares, side, divisor_override=1)
+    around = F.avg_pool2d(of_tokens, 3, stride=1, padding=1, divisor_override=1)
+    return around[:, 0]
+
+
 class TokenChooser:
     """Latents to tokens, as the encoder of a model chooses them.
 
@@ -130,13 +183,16 @@ class TokenChooser:
         self._colors: DecodedColors | None = None
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor, *, rate_weight: float, color_weight: float) -> Tensor:
+    def __call__(
+        self, latents: Tensor, *, rate_weight: float, color_weight: float, latent_weight: float
+    ) -> Tensor:
         """Latents (B, C, h, w) to tokens (B, r, c), int64 in [0, V).
 
         Args:
             latents: of pictures.
             rate_weight: similarity that a bit is worth, at least 0.
-            color_weight: see `ColorFeedback`, at least 0. With both weights 0 the nearest codes are
+            color_weight: see `ColorFeedback`, at least 0.
+            latent_weight: see `search_tokens`, at least 0. With all weights 0 the nearest codes are
                 taken.
 
         Raises:
@@ -144,17 +200,26 @@ class TokenChooser:
         """
         parts, feedback = self._parts, None
         check_choice_weights(
-            rate_weight=rate_weight, color_weight=color_weight, schedule=self._schedule
+            rate_weight=rate_weight,
+            color_weight=color_weight,
+            latent_weight=latent_weight,
+            schedule=self._schedule,
         )
         similarity = parts.quantizer.similarity(parts.hyper_encoder(latents))
         if color_weight:
             if self._colors is None or self._colors.of_codes.device != latents.device:
                 self._colors = DecodedColors.of(parts)
             feedback = ColorFeedback(parts, self._colors, latents, weight=color_weight)
-        return choose_tokens(
+        choice = choose_tokens(
             similarity,
             parts.masked_transformer,
             schedule=self._schedule,
             rate_weight=rate_weight,
             feedback=feedback,
+            candidates=min(CANDIDATES, similarity.shape[-1]) if latent_weight else 1,
         )
+        if not latent_weight:
+            return choice.tokens
+        # The encoder computes in full precision: training must choose as it does.
+        with torch.autocast(latents.device.type, enabled=False):
+            return search_tokens(parts, latents.float(), choice, weight=latent_weight)

@@ -1,10 +1,12 @@
-"""The encoder's choice of tokens by similarity, bits and decoded colour."""
+"""The encoder's choice of tokens by similarity, bits and what they decode to."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ import percov2
 from percov2.components import TokenizerComponents
 from percov2.data.transforms import image_to_tensor
 from percov2.entropy.schedules import make_schedule
-from percov2.token_chooser import ColorFeedback, DecodedColors, TokenChooser
+from percov2.entropy.token_choice import Choice
+from percov2.token_chooser import ColorFeedback, DecodedColors, TokenChooser, search_tokens
 
 WEIGHT = 0.5
 
@@ -103,7 +106,7 @@ def test_a_color_weight_brings_decoded_colors_nearer(
     choose = TokenChooser(parts, schedule="quincunx")
     errors = []
     for weight in (0.0, 1.0, 10.0):
-        tokens = choose(scene, rate_weight=rate_weight, color_weight=weight)
+        tokens = choose(scene, rate_weight=rate_weight, color_weight=weight, latent_weight=0)
         errors.append(float(color_errors(parts, tokens, scene).square().mean()))
     assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
 
@@ -115,7 +118,8 @@ def test_later_tokens_make_up_for_their_neighbours(
     choose = TokenChooser(parts, schedule="quincunx")
     ratios = []
     for weight in (0.0, 10.0):
-        error = color_errors(parts, choose(scene, rate_weight=0, color_weight=weight), scene)
+        tokens = choose(scene, rate_weight=0, color_weight=weight, latent_weight=0)
+        error = color_errors(parts, tokens, scene)
         ratios.append(float(F.avg_pool2d(error, 2).square().mean() / error.square().mean()))
     assert ratios[1] < 0.8 * ratios[0]
 
@@ -126,43 +130,116 @@ def test_without_weights_the_nearest_codes_are_chosen(
     with torch.no_grad():
         nearest = parts.quantizer.similarity(parts.hyper_encoder(latents)).argmax(-1)
     choose = TokenChooser(parts, schedule="quincunx")
-    assert torch.equal(choose(latents, rate_weight=0, color_weight=0), nearest)
-    assert not torch.equal(choose(latents, rate_weight=0, color_weight=10), nearest)
+    assert torch.equal(choose(latents, rate_weight=0, color_weight=0, latent_weight=0), nearest)
+    assert not torch.equal(
+        choose(latents, rate_weight=0, color_weight=10, latent_weight=0), nearest
+    )
 
 
 def test_pictures_of_a_batch_do_not_change_each_others_tokens(
     parts: TokenizerComponents, latents: Tensor
 ) -> None:
     choose = TokenChooser(parts, schedule="quincunx")
-    together = choose(latents, rate_weight=0.02, color_weight=5)
-    alone = [choose(one[None], rate_weight=0.02, color_weight=5) for one in latents]
+    weights = {"rate_weight": 0.02, "color_weight": 5.0, "latent_weight": 0.02}
+    together = choose(latents, **weights)
+    alone = [choose(one[None], **weights) for one in latents]
     assert torch.equal(together, torch.cat(alone))
 
 
+@torch.no_grad()
+def test_search_equals_its_definition_place_by_place(
+    parts: TokenizerComponents, latents: Tensor
+) -> None:
+    """A ninth of the places after the other; a candidate's error is that of 3x3 tokens."""
+    weight, count = 0.05, 4
+    similarity = parts.quantizer.similarity(parts.hyper_encoder(latents))
+    nearest = similarity.topk(count)
+    choice = Choice(codes=nearest.indices, scores=nearest.values)
+    found = search_tokens(parts, latents, choice, weight=weight)
+
+    expected = choice.tokens.clone()
+    _, rows, cols = expected.shape
+    for top, left in itertools.product(range(3), range(3)):
+        errors = []
+        for k in range(count):
+            trial = expected.clone()
+            trial[:, top::3, left::3] = choice.codes[:, top::3, left::3, k]
+            decoded = parts.latent_decoder(parts.quantizer.tokens_to_features(trial))
+            errors.append((latents - decoded).square())
+        for b in range(len(expected)):
+            for row, col in itertools.product(range(top, rows, 3), range(left, cols, 3)):
+                window = (
+                    slice(2 * max(row - 1, 0), 2 * (row + 2)),
+                    slice(2 * max(col - 1, 0), 2 * (col + 2)),
+                )
+                worth = [
+                    float(choice.scores[b, row, col, k] - weight * error[b, :, *window].sum())
+                    for k, error in enumerate(errors)
+                ]
+                best = worth.index(max(worth))
+                expected[b, row, col] = choice.codes[b, row, col, best]
+    assert torch.equal(found, expected)
+    assert (found != choice.tokens).float().mean() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["quincunx", "uniform"])
+def test_a_latent_weight_brings_decoded_latents_nearer(
+    parts: TokenizerComponents, scene: Tensor, schedule: str
+) -> None:
+    choose, errors = TokenChooser(parts, schedule=schedule), []
+    for weight in (0.0, 0.01, 0.1):
+        tokens = choose(scene, rate_weight=0, color_weight=0, latent_weight=weight)
+        decoded = parts.latent_decoder(parts.quantizer.tokens_to_features(tokens))
+        errors.append(float((scene - decoded).square().mean()))
+    assert errors[0] > 1.02 * errors[1] > 1.02 * errors[2]
+
+
+@torch.no_grad()
+def test_searched_tokens_are_cheaper_and_nearer_at_once(
+    parts: TokenizerComponents, scene: Tensor
+) -> None:
+    choose, found = TokenChooser(parts, schedule="quincunx"), []
+    coder = parts.token_coder("quincunx", device=torch.device("cpu"))
+    for weight in (0.0, 0.02):
+        tokens = choose(scene, rate_weight=0.02, color_weight=2, latent_weight=weight)
+        decoded = parts.latent_decoder(parts.quantizer.tokens_to_features(tokens))
+        bits = sum(coder.bits_per_group(tokens[0].numpy()))
+        found.append((bits, float((scene - decoded).square().mean())))
+    assert found[1][0] < found[0][0]
+    assert found[1][1] < 0.98 * found[0][1]
+
+
+@pytest.mark.parametrize("name", ["color_weight", "latent_weight"])
 @pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan])
 def test_a_weight_that_cannot_be_is_refused(
-    parts: TokenizerComponents, latents: Tensor, weight: float
+    parts: TokenizerComponents, latents: Tensor, name: str, weight: float
 ) -> None:
-    with pytest.raises(ValueError, match=r"color_weight is .*at least 0 and finite"):
-        TokenChooser(parts, schedule="quincunx")(latents, rate_weight=0, color_weight=weight)
+    weights = {"rate_weight": 0.0, "color_weight": 0.0, "latent_weight": 0.0, name: weight}
+    with pytest.raises(ValueError, match=rf"{name} is .*at least 0 and finite"):
+        TokenChooser(parts, schedule="quincunx")(latents, **weights)
 
 
 def test_one_group_leaves_nothing_to_make_up(parts: TokenizerComponents, latents: Tensor) -> None:
+    choose = TokenChooser(parts, schedule="uniform")
     with pytest.raises(ValueError, match=r"color_weight is 1: .*schedule uniform has one group"):
-        TokenChooser(parts, schedule="uniform")(latents, rate_weight=0, color_weight=1)
+        choose(latents, rate_weight=0, color_weight=1, latent_weight=0)
 
 
-def test_the_models_own_color_weight_holds_when_none_is_named(
-    tiny_model: Path, photograph: Image.Image, tmp_path: Path
+@pytest.mark.parametrize(("weight", "value"), [("color_weight", 5.0), ("latent_weight", 0.1)])
+def test_the_models_own_weight_holds_when_none_is_named(
+    tiny_model: Path, photograph: Image.Image, tmp_path: Path, weight: str, value: float
 ) -> None:
     codec = percov2.load(str(tiny_model))
-    config = replace(codec.config, color_weight=5.0)
+    config = replace(codec.config, **{weight: value})
     replace(codec.components, config=config).save(tmp_path)
     weighing = percov2.load(str(tmp_path))
     assert weighing.config.model_id == codec.config.model_id, "the decoder is the same"
     for uniform in (False, True):
         data = weighing.compress(photograph, uniform=uniform)
-        assert data == codec.compress(photograph, color_weight=5, uniform=uniform)
-        plain = weighing.compress(photograph, color_weight=0, uniform=uniform)
+        named: dict[str, Any] = {weight: value}
+        assert data == codec.compress(photograph, uniform=uniform, **named)
+        without: dict[str, Any] = {weight: 0.0}
+        plain = weighing.compress(photograph, uniform=uniform, **without)
         assert plain == codec.compress(photograph, uniform=uniform) != data
         assert np.array_equal(codec.decode_tokens(data), weighing.encode_tokens(photograph))

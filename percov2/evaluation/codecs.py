@@ -188,7 +188,8 @@ def _digest(codec: Codec) -> str:
         "text_conditioner": codec.components.text_conditioner,
     }
     config = codec.config
-    settings = config.flow, config.tiling, config.rate_weight, config.color_weight
+    weights = config.rate_weight, config.color_weight, config.latent_weight
+    settings = config.flow, config.tiling, *weights
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for part, module in sorted(parts.items()):
         for name, value in sorted(module.state_dict().items()):

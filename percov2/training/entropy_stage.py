@@ -63,6 +63,7 @@ class EntropyStage(L.LightningModule):
         rate_weight: with which the tokens of a frozen tokenizer are chosen, see
             `percov2.token_chooser`: those of the encoder that the masked transformer is for.
         color_weight: likewise.
+        latent_weight: likewise.
         seed: of the masks.
         start: stage 1 directory whose hyper-encoder, quantiser and latent decoder are taken over,
             and the masked transformer too if its architecture is the same.
@@ -92,6 +93,7 @@ class EntropyStage(L.LightningModule):
         min_targets: int = 1,
         rate_weight: float = 0.0,
         color_weight: float = 0.0,
+        latent_weight: float = 0.0,
         seed: int = 0,
         start: Path | None = None,
     ) -> None:
@@ -106,7 +108,12 @@ class EntropyStage(L.LightningModule):
                 f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
                 "nothing would be trained in between"
             )
-        for weight, value in (("rate_weight", rate_weight), ("color_weight", color_weight)):
+        weights = {
+            "rate_weight": rate_weight,
+            "color_weight": color_weight,
+            "latent_weight": latent_weight,
+        }
+        for weight, value in weights.items():
             if value and tokenizer_steps:
                 raise ValueError(
                     f"{weight} is {value} and tokenizer_steps {tokenizer_steps}: tokens are chosen "
@@ -124,6 +131,7 @@ class EntropyStage(L.LightningModule):
         self.pixel_weight, self.commitment_weight = pixel_weight, commitment_weight
         self.random_mask_share, self.min_targets = random_mask_share, min_targets
         self.rate_weight, self.color_weight = rate_weight, color_weight
+        self.latent_weight = latent_weight
         self._choose = TokenChooser(self.components(), schedule=schedule)
         self._masked_started = False
         if start is not None:
@@ -206,7 +214,12 @@ class EntropyStage(L.LightningModule):
 
     def choose_tokens(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to tokens (B, r, c), without moving the codebook."""
-        return self._choose(latents, rate_weight=self.rate_weight, color_weight=self.color_weight)
+        return self._choose(
+            latents,
+            rate_weight=self.rate_weight,
+            color_weight=self.color_weight,
+            latent_weight=self.latent_weight,
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Start the histogram of held-out tokens; the coder serves the whole epoch."""

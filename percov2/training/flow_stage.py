@@ -81,6 +81,7 @@ class FlowStage(L.LightningModule):
         rate_weight: with which tokens are chosen, in training and by the model's encoder; see
             `percov2.token_chooser`.
         color_weight: likewise; what codes decode to is measured when training begins.
+        latent_weight: likewise.
         adversary: judges the decoded estimates of the data, for a flow that is to paint in a few
             steps; training times are then those of its sampling grid.
         validation_steps: sampling steps of the validation images.
@@ -116,13 +117,19 @@ class FlowStage(L.LightningModule):
         commitment_weight: float = 0.0,
         rate_weight: float = 0.0,
         color_weight: float = 0.0,
+        latent_weight: float = 0.0,
         adversary: Adversary | None = None,
         validation_steps: int = 4,
         half: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for weight, value in (("rate_weight", rate_weight), ("color_weight", color_weight)):
+        weights = {
+            "rate_weight": rate_weight,
+            "color_weight": color_weight,
+            "latent_weight": latent_weight,
+        }
+        for weight, value in weights.items():
             if value and train_tokenizer:
                 raise ValueError(
                     f"{weight} is {value} and train_tokenizer true: gradients pass to the nearest "
@@ -159,6 +166,7 @@ class FlowStage(L.LightningModule):
             default_guidance=default_guidance,
             rate_weight=rate_weight,
             color_weight=color_weight,
+            latent_weight=latent_weight,
         )
         self._choose = TokenChooser(parts, schedule=schedule)
         self.flow, self.optimization = flow, optimization
@@ -212,7 +220,10 @@ class FlowStage(L.LightningModule):
         """Latents (B, C, h, w) to tokens (B, r, c), as the model's encoder will choose them."""
         config = self.config
         return self._choose(
-            latents, rate_weight=config.rate_weight, color_weight=config.color_weight
+            latents,
+            rate_weight=config.rate_weight,
+            color_weight=config.color_weight,
+            latent_weight=config.latent_weight,
         )
 
     def _text(self, batch: Batch, dropped: list[bool]) -> TextCondition:

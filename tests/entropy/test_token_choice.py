@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_choice_equals_its_definition_token_by_token(
     model: MaskedTransformer, schedule: str
 ) -> None:
     values = similarity()
-    chosen = choose_tokens(values, model, schedule=schedule, rate_weight=0.2)
+    chosen = choose_tokens(values, model, schedule=schedule, rate_weight=0.2).tokens
     assert torch.equal(chosen, one_by_one(values, model, schedule, 0.2))
     assert not torch.equal(chosen, values.argmax(-1))
 
@@ -68,22 +69,22 @@ def test_without_weight_the_nearest_codes_are_chosen(
     model: MaskedTransformer, schedule: str
 ) -> None:
     values = similarity(2)
-    chosen = choose_tokens(values, model, schedule=schedule, rate_weight=0)
+    chosen = choose_tokens(values, model, schedule=schedule, rate_weight=0).tokens
     assert torch.equal(chosen, values.argmax(-1))
 
 
 def test_a_lower_precision_around_it_changes_no_choice(model: MaskedTransformer) -> None:
     values = similarity()
-    expected = choose_tokens(values, model, schedule="quincunx", rate_weight=0.2)
+    expected = choose_tokens(values, model, schedule="quincunx", rate_weight=0.2).tokens
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        chosen = choose_tokens(values, model, schedule="quincunx", rate_weight=0.2)
+        chosen = choose_tokens(values, model, schedule="quincunx", rate_weight=0.2).tokens
     assert torch.equal(chosen, expected)
 
 
 def test_larger_weights_cost_fewer_bits_and_more_similarity(model: MaskedTransformer) -> None:
     values, points = similarity(), []
     for weight in (0.0, 0.1, 0.4, 1.6):
-        chosen = choose_tokens(values, model, schedule="quincunx", rate_weight=weight)
+        chosen = choose_tokens(values, model, schedule="quincunx", rate_weight=weight).tokens
         kept = float(values.gather(-1, chosen[..., None]).sum())
         points.append((bits(chosen, model, "quincunx"), kept))
     assert all(
@@ -94,9 +95,47 @@ def test_larger_weights_cost_fewer_bits_and_more_similarity(model: MaskedTransfo
 
 def test_pictures_of_a_batch_do_not_change_each_others_tokens(model: MaskedTransformer) -> None:
     both = torch.cat([similarity(seed=1), similarity(seed=2)])
-    together = choose_tokens(both, model, schedule="quincunx", rate_weight=0.2)
+    together = choose_tokens(both, model, schedule="quincunx", rate_weight=0.2).tokens
     alone = [choose_tokens(one[None], model, schedule="quincunx", rate_weight=0.2) for one in both]
-    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(together, torch.cat([choice.tokens for choice in alone]))
+
+
+class Against:
+    """Feedback that forbids some codes."""
+
+    def __init__(self, codes: list[int]) -> None:
+        self.codes = codes
+
+    def add_to(self, scores: Tensor, tokens: Tensor, here: Tensor) -> None:
+        scores[:, self.codes] -= 100
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+@pytest.mark.parametrize("forbidden", [[], [0, 3, 7]])
+def test_candidates_are_the_chosen_code_and_the_best_others(
+    model: MaskedTransformer, weight: float, forbidden: list[int]
+) -> None:
+    values, count = similarity(2), 4
+    feedback = Against(forbidden) if forbidden else None
+    choose = partial(
+        choose_tokens, values, model, schedule="quincunx", rate_weight=weight, feedback=feedback
+    )
+    choice = choose(candidates=count)
+    assert choice.codes.shape == choice.scores.shape == (2, ROWS, COLS, count)
+    assert torch.equal(choice.tokens, choose().tokens), "their number changes no choice"
+    assert not torch.isin(choice.tokens, torch.tensor(forbidden)).any()
+    groups = torch.from_numpy(make_schedule("quincunx", ROWS, COLS).astype("int64")).expand(
+        2, -1, -1
+    )
+    expected = values.clone()
+    for k in range(int(groups.max()) + 1):
+        with torch.no_grad():
+            logits = model(choice.tokens, groups < k, groups == k)
+        expected[groups == k] += weight * logits.log_softmax(-1) / math.log(2)
+    torch.testing.assert_close(choice.scores, expected.gather(-1, choice.codes))
+    for scores, codes in zip(expected.flatten(0, 2), choice.codes.flatten(0, 2), strict=True):
+        ranking = [c for c in scores.argsort(descending=True).tolist() if c != codes[0]]
+        assert codes[1:].tolist() == ranking[: count - 1]
 
 
 def test_a_weight_without_rates_is_refused(model: MaskedTransformer) -> None:

@@ -52,17 +52,20 @@ def test_tokens_of_a_frozen_tokenizer_are_the_encoders_choice(tmp_path: Path) ->
     chosen = stage.choose_tokens(latents)
     expected = choose_tokens(
         similarity, stage.masked_transformer, schedule="quincunx", rate_weight=0.05
-    )
+    ).tokens
     assert torch.equal(chosen, expected)
     assert not torch.equal(chosen, nearest)
-    stage.color_weight = 5.0
-    by_color = TokenChooser(stage.components(), schedule="quincunx")
-    expected = by_color(latents, rate_weight=0.05, color_weight=5.0)
-    assert torch.equal(stage.choose_tokens(latents), expected)
-    assert not torch.equal(expected, chosen)
+    by_decoding = TokenChooser(stage.components(), schedule="quincunx")
+    for color_weight, latent_weight in ((5.0, 0.0), (0.0, 0.1)):
+        stage.color_weight, stage.latent_weight = color_weight, latent_weight
+        expected = by_decoding(
+            latents, rate_weight=0.05, color_weight=color_weight, latent_weight=latent_weight
+        )
+        assert torch.equal(stage.choose_tokens(latents), expected)
+        assert not torch.equal(expected, chosen)
 
 
-@pytest.mark.parametrize("weight", ["rate_weight", "color_weight"])
+@pytest.mark.parametrize("weight", ["rate_weight", "color_weight", "latent_weight"])
 def test_a_tokenizer_that_learns_takes_the_nearest_codes(tmp_path: Path, weight: str) -> None:
     with pytest.raises(ValueError, match=rf"{weight} is 0.1 and tokenizer_steps 10"):
         stage_of(

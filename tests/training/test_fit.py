@@ -166,7 +166,8 @@ def test_a_joint_tokenizer_moves_and_settles(trained: Run) -> None:
     assert not same("joint", "joint-masked", "masked_transformer")
     assert same("joint-masked", "settle", "masked_transformer")
     config = percov2.load(str(trained.model("settle"))).config
-    assert (config.rate_weight, config.color_weight) == (0.025, 2.0)
+    weights = config.rate_weight, config.color_weight, config.latent_weight
+    assert weights == (0.016, 2.0, 0.017)
     assert (config.default_guidance, config.flow.gain) == (0, 0.9)
 
 

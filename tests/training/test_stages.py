@@ -103,6 +103,7 @@ def flow_stage(
     start: FlowStart | None = None,
     rate_weight: float = 0.0,
     color_weight: float = 0.0,
+    latent_weight: float = 0.0,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
@@ -126,6 +127,7 @@ def flow_stage(
         adversary=adversary,
         rate_weight=rate_weight,
         color_weight=color_weight,
+        latent_weight=latent_weight,
     ).train()
     stage.on_train_start()
     return stage
@@ -326,6 +328,7 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
         from_prediction=True,
         rate_weight=0.1,
         color_weight=5.0,
+        latent_weight=0.1,
     )
     stage.export(tmp_path / "model")
     codec = percov2.load(str(tmp_path / "model"))
@@ -335,13 +338,13 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
     seen = Batch(image=image_to_tensor(picture)[None], caption=[""], key=["0"])
     assert torch.equal(tokens_of(stage.eval(), seen), tokens)
     assert np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture))
-    for other in ({"rate_weight": 0.0}, {"color_weight": 0.0}):
+    for other in ({"rate_weight": 0.0}, {"color_weight": 0.0}, {"latent_weight": 0.0}):
         assert not np.array_equal(tokens[0].numpy(), codec.encode_tokens(picture, **other))
     features = stage.parts.quantizer.tokens_to_features(tokens)
     assert torch.equal(condition, stage.parts.latent_decoder.condition(features)[0])
 
 
-@pytest.mark.parametrize("weight", ["rate_weight", "color_weight"])
+@pytest.mark.parametrize("weight", ["rate_weight", "color_weight", "latent_weight"])
 def test_weighed_choices_and_a_learning_tokenizer_exclude_each_other(
     tmp_path: Path, weight: str
 ) -> None:
