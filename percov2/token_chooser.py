@@ -139,21 +139,19 @@ def search_tokens(
     Returns:
         (B, r, c) int64 tokens in [0, V).
     """
-    tokens, count = choice.tokens.clone(), choice.codes.shape[-1]
+    tokens = choice.tokens.clone()
+    codes, scores = (of_places.movedim(-1, 0) for of_places in (choice.codes, choice.scores))
     for top in range(min(_STRIDE, tokens.shape[1])):
         for left in range(min(_STRIDE, tokens.shape[2])):
             places = (..., slice(top, None, _STRIDE), slice(left, None, _STRIDE))
-            codes, scores = (
-                values.movedim(-1, 0)[places] for values in (choice.codes, choice.scores)
-            )
             values = []
-            for k in range(count):
+            for code, score in zip(codes, scores, strict=True):
                 trial = tokens.clone()
-                trial[places] = codes[k]
+                trial[places] = code[places]
                 errors = _latent_errors(parts, latents, trial)
-                values.append(scores[k] - weight * errors[places])
+                values.append(score[places] - weight * errors[places])
             best = torch.stack(values).argmax(0, keepdim=True)
-            tokens[places] = codes.gather(0, best)[0]
+            tokens[places] = codes[places].gather(0, best)[0]
     return tokens
 
 

@@ -327,8 +327,8 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
         train_tokenizer=False,
         from_prediction=True,
         rate_weight=0.1,
-        color_weight=5.0,
-        latent_weight=0.1,
+        color_weight=20.0,
+        latent_weight=0.03,
     )
     stage.export(tmp_path / "model")
     codec = percov2.load(str(tmp_path / "model"))
