@@ -227,9 +227,7 @@ class Codec:
         schedule = "uniform" if uniform else self.config.schedule
         if rate_weight is None:
             rate_weight = 0.0 if uniform else self.config.rate_weight
-        check_choice_weights(
-            rate_weight=rate_weight, color_weight=0.0, latent_weight=0.0, schedule=schedule
-        )
+        check_choice_weights(rate_weight=rate_weight, schedule=schedule)
         picture = _to_picture(image)
         total = self.summary.steps_total(*picture.size)
         steps = total if schedule_steps is None else schedule_steps

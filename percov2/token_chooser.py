@@ -56,9 +56,14 @@ class DecodedColors:
             means = []
             for codes in torch.split(torch.arange(size, device=device), _CODES_AT_ONCE):
                 grids = codes[:, None, None].expand(-1, _GRID, _GRID)
-                latents = parts.latent_decoder(parts.quantizer.tokens_to_features(grids))
-                means.append(_middle(latents))
+                means.append(_middle(_decoded(parts, grids)))
             return cls(of_latents=of_latents, of_codes=torch.cat(means) @ of_latents)
+
+
+def _decoded(parts: TokenizerComponents, tokens: Tensor) -> Tensor:
+    """Tokens (B, r, c) to the latents (B, C, h, w) that they decode to, without a painter."""
+    latents: Tensor = parts.latent_decoder(parts.quantizer.tokens_to_features(tokens))
+    return latents.float()
 
 
 def _color_of_latents(parts: TokenizerComponents) -> Tensor:
@@ -109,9 +114,7 @@ class ColorFeedback:
             here: (B, r, c), bool, the n places.
         """
         codes = self._colors.of_codes
-        features = self._parts.quantizer.tokens_to_features(tokens)
-        decoded = self._parts.latent_decoder(features).float()
-        error = _square_means(self._latents - decoded, tokens.shape[1])
+        error = _square_means(self._latents - _decoded(self._parts, tokens), tokens.shape[1])
         error = torch.einsum("bkrc,kd->bdrc", error, self._colors.of_latents)
         around = F.avg_pool2d(F.pad(error, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         # Its own error and the mean of its eight neighbours'.
@@ -157,8 +160,7 @@ def search_tokens(
 
 def _latent_errors(parts: TokenizerComponents, latents: Tensor, tokens: Tensor) -> Tensor:
     """(B, r, c), squared errors of the latents that tokens (B, r, c) decode to, see above."""
-    decoded = parts.latent_decoder(parts.quantizer.tokens_to_features(tokens)).float()
-    squares = (latents - decoded).square().sum(1, keepdim=True)
+    squares = (latents - _decoded(parts, tokens)).square().sum(1, keepdim=True)
     side = squares.shape[2] // tokens.shape[1]
     of_tokens = F.avg_pool2d(squares, side, divisor_override=1)
     around = F.avg_pool2d(of_tokens, 3, stride=1, padding=1, divisor_override=1)

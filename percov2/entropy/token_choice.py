@@ -47,9 +47,13 @@ class Feedback(Protocol):
 
 
 def check_choice_weights(
-    *, rate_weight: float, color_weight: float, latent_weight: float, schedule: str
+    *,
+    rate_weight: float,
+    color_weight: float = 0.0,
+    latent_weight: float = 0.0,
+    schedule: str,
 ) -> None:
-    """Refuse weights that cannot be.
+    """Refuse weights that cannot be; those that are left out are not weighed.
 
     Raises:
         ValueError: negative, infinite or not a number; or not 0 for the schedule ``uniform``, in
@@ -105,9 +109,7 @@ def choose_tokens(
     Raises:
         ValueError: see `check_choice_weights`.
     """
-    check_choice_weights(
-        rate_weight=rate_weight, color_weight=0.0, latent_weight=0.0, schedule=schedule
-    )
+    check_choice_weights(rate_weight=rate_weight, schedule=schedule)
     if not rate_weight and feedback is None:
         nearest = similarity.topk(candidates)
         return Choice(codes=nearest.indices, scores=nearest.values)
