@@ -30,7 +30,7 @@ _CODES_AT_ONCE = 128
 CANDIDATES = 3
 """Codes of a place that are decoded before one is taken; a decoding of the latents each."""
 _STRIDE = 3
-"""Places at this distance are tried at once: a token changes its neighbours, and little beyond."""
+"""Places at this distance are tried at once, and the side of their squares in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,10 @@ def search_tokens(
     """The candidates of largest score - weight x squared error of what they decode to.
 
     The error is that of the latents of a token and of its eight neighbours, summed: the latent
-    decoder sees them together. Every place is visited once, a ninth of them at a time.
+    decoder sees them together. Every place is visited once, a ninth of them at a time, whose
+    squares of 3x3 tokens do not overlap. What the tokens taken decode to is put together of these
+    squares, each as its candidate's decoding has it, instead of decoded once more: a token changes
+    its neighbours, and little beyond.
 
     Args:
         parts: whose quantiser and latent decoder tell what tokens decode to.
@@ -144,27 +147,44 @@ def search_tokens(
     """
     tokens = choice.tokens.clone()
     codes, scores = (of_places.movedim(-1, 0) for of_places in (choice.codes, choice.scores))
+    decoded = _decoded(parts, tokens)
     for top in range(min(_STRIDE, tokens.shape[1])):
         for left in range(min(_STRIDE, tokens.shape[2])):
             places = (..., slice(top, None, _STRIDE), slice(left, None, _STRIDE))
-            values = []
-            for code, score in zip(codes, scores, strict=True):
+            trials = [decoded]
+            for code in codes[1:]:
                 trial = tokens.clone()
                 trial[places] = code[places]
-                errors = _latent_errors(parts, latents, trial)
-                values.append(score[places] - weight * errors[places])
-            best = torch.stack(values).argmax(0, keepdim=True)
-            tokens[places] = codes[places].gather(0, best)[0]
+                trials.append(_decoded(parts, trial))
+            errors = torch.stack([_square_errors(latents, trial, tokens) for trial in trials])
+            best = (scores - weight * errors)[places].argmax(0)
+            tokens[places] = codes[places].gather(0, best[None])[0]
+            taken = torch.zeros_like(tokens)
+            taken[places] = best
+            decoded = _put_together(trials, taken)
     return tokens
 
 
-def _latent_errors(parts: TokenizerComponents, latents: Tensor, tokens: Tensor) -> Tensor:
-    """(B, r, c), squared errors of the latents that tokens (B, r, c) decode to, see above."""
-    squares = (latents - _decoded(parts, tokens)).square().sum(1, keepdim=True)
-    side = squares.shape[2] // tokens.shape[1]
-    of_tokens = F.avg_pool2d(squares, side, divisor_override=1)
-    around = F.avg_pool2d(of_tokens, 3, stride=1, padding=1, divisor_override=1)
-    return around[:, 0]
+def _square_errors(latents: Tensor, decoded: Tensor, tokens: Tensor) -> Tensor:
+    """(B, r, c), squared errors of decoded latents in the squares around tokens (B, r, c)."""
+    errors = (latents - decoded).square().sum(1, keepdim=True)
+    of_tokens = F.avg_pool2d(errors, errors.shape[2] // tokens.shape[1], divisor_override=1)
+    return F.avg_pool2d(of_tokens, _STRIDE, stride=1, padding=1, divisor_override=1)[:, 0]
+
+
+def _put_together(trials: list[Tensor], taken: Tensor) -> Tensor:
+    """Latents of which every square is that of the trial taken at its middle.
+
+    Args:
+        trials: latents (B, C, h, w) each; the first also stands where no square is.
+        taken: (B, r, c), numbers of trials at places at distances of _STRIDE, 0 elsewhere.
+    """
+    squares = F.max_pool2d(taken[:, None].float(), _STRIDE, stride=1, padding=1)
+    squares = F.interpolate(squares, trials[0].shape[2:], mode="nearest")
+    found = trials[0]
+    for number, trial in enumerate(trials[1:], 1):
+        found = torch.where(squares == number, trial, found)
+    return found
 
 
 class TokenChooser:

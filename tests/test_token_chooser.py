@@ -150,7 +150,8 @@ def test_pictures_of_a_batch_do_not_change_each_others_tokens(
 def test_search_equals_its_definition_place_by_place(
     parts: TokenizerComponents, latents: Tensor
 ) -> None:
-    """A ninth of the places after the other; a candidate's error is that of 3x3 tokens."""
+    """A ninth of the places after the other; a candidate's error is that of 3x3 tokens, which keep
+    what it decodes to when it is taken."""
     weight, count = 0.05, 4
     similarity = parts.quantizer.similarity(parts.hyper_encoder(latents))
     nearest = similarity.topk(count)
@@ -159,25 +160,28 @@ def test_search_equals_its_definition_place_by_place(
 
     expected = choice.tokens.clone()
     _, rows, cols = expected.shape
+    current = parts.latent_decoder(parts.quantizer.tokens_to_features(expected))
     for top, left in itertools.product(range(3), range(3)):
-        errors = []
-        for k in range(count):
+        trials = [current.clone()]
+        for k in range(1, count):
             trial = expected.clone()
             trial[:, top::3, left::3] = choice.codes[:, top::3, left::3, k]
-            decoded = parts.latent_decoder(parts.quantizer.tokens_to_features(trial))
-            errors.append((latents - decoded).square())
+            trials.append(parts.latent_decoder(parts.quantizer.tokens_to_features(trial)))
         for b in range(len(expected)):
             for row, col in itertools.product(range(top, rows, 3), range(left, cols, 3)):
-                window = (
+                square = (
+                    b,
+                    slice(None),
                     slice(2 * max(row - 1, 0), 2 * (row + 2)),
                     slice(2 * max(col - 1, 0), 2 * (col + 2)),
                 )
                 worth = [
-                    float(choice.scores[b, row, col, k] - weight * error[b, :, *window].sum())
-                    for k, error in enumerate(errors)
+                    float(score - weight * (latents[square] - trial[square]).square().sum())
+                    for score, trial in zip(choice.scores[b, row, col], trials, strict=True)
                 ]
                 best = worth.index(max(worth))
                 expected[b, row, col] = choice.codes[b, row, col, best]
+                current[square] = trials[best][square]
     assert torch.equal(found, expected)
     assert (found != choice.tokens).float().mean() > 0.1
 
