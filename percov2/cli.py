@@ -172,6 +172,12 @@ def _add_decompress(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="S", help="of the noise (default: the file's)")
     parser.add_argument(
+        "--sharpness",
+        type=float,
+        metavar="A",
+        help="local contrast added to the picture, 0 adds none (default: model's)",
+    )
+    parser.add_argument(
         "--allow-truncated",
         action="store_true",
         help="decode what is left of a cut stream, unverified; the rest is invented",
@@ -251,20 +257,15 @@ def _decompress(args: argparse.Namespace) -> int:
     from percov2.images import write_png
 
     _check_paths(args, ".png")
-    check_sampling(steps=args.steps, guidance=args.guidance, seed=args.seed)
+    sampling = {name: getattr(args, name) for name in ("steps", "guidance", "seed", "sharpness")}
+    check_sampling(**sampling)
     _quieten_libraries()
     codec_of = _codec_loader(args)
 
     def one(source: Path, target: Path) -> dict[str, Any]:
         data = source.read_bytes()
         codec = codec_of(data)
-        image = codec.decompress(
-            data,
-            steps=args.steps,
-            guidance=args.guidance,
-            seed=args.seed,
-            allow_truncated=args.allow_truncated,
-        )
+        image = codec.decompress(data, **sampling, allow_truncated=args.allow_truncated)
         verified = is_intact(data)
         description = {**describe(data, codec.summary, verify=verified), "verified": verified}
         metadata = {"Software": f"percov2 {__version__}", **png_metadata(description)}

@@ -12,9 +12,9 @@ features        hyper-encoder               features        quantiser's codebook
 tokens          quantiser's codes, chosen   condition       latent decoder     caption -> text
   v                                           v                                   |
   |             by nearness, bits and       latents         flow transformer <----+
-  v                                           v             from the source, Euler steps
-bytes           token coder + masked        image           autoencoder, cropped
-                transformer; caption
+  v             what they decode to           v             from the source, Euler steps
+bytes           token coder + masked        image           autoencoder, cropped,
+                transformer; caption                        sharpened
                 coder; container
 ```
 
@@ -55,6 +55,7 @@ from percov2.rate_control import Content, first_that_fits
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
 from percov2.synthesis.sampler import Velocity, guided, sample, tiled
+from percov2.synthesis.sharpening import check_sharpness, sharpen
 from percov2.token_chooser import TokenChooser
 
 logger = logging.getLogger("percov2")
@@ -355,6 +356,7 @@ class Codec:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | None = None,
+        sharpness: float | None = None,
         allow_truncated: bool = False,
     ) -> Image.Image:
         """Bytes of a `.pcv2` file to an RGB picture of the original's size.
@@ -366,26 +368,31 @@ class Codec:
                 is the default.
             seed: of the noise, 0 to 2**64 - 1; None derives it from the file, so that decoding
                 twice gives the same picture.
+            sharpness: share of its local contrast that is added to the painted picture, at least 0,
+                which leaves it as it is; None is the model's default. See
+                `percov2.synthesis.sharpening`.
             allow_truncated: decode what is there of a stream whose end is missing: the groups
                 that its bytes determine; the rest is sampled. The checksum of a cut stream does
                 not hold, so that the picture is unverified.
 
         Raises:
             BitstreamError: not a stream of this model, or damaged.
-            ValueError: steps, guidance or seed out of range.
+            ValueError: steps, guidance, seed or sharpness out of range.
         """
         steps = self.config.default_steps if steps is None else steps
         guidance = self.config.default_guidance if guidance is None else guidance
         seed = zlib.crc32(data) if seed is None else seed
-        check_sampling(steps=steps, guidance=guidance, seed=seed)
+        sharpness = self.config.sharpness if sharpness is None else sharpness
+        check_sampling(steps=steps, guidance=guidance, seed=seed, sharpness=sharpness)
         cut = allow_truncated and not is_intact(data)
         stream = self._parse(data, verify=not cut)
         caption, tokens = self._read_cut(stream) if cut else self._read(stream)
         tokens = self._coders[False].fill(tokens, seed=seed)
         latents = self._paint(tokens, caption, steps=steps, guidance=guidance, seed=seed)
         with torch.no_grad():
-            image = self.components.tokenizer.autoencoder.decode(latents)[0]
-        return tensor_to_image(image[:, : stream.height, : stream.width])
+            painted = self.components.tokenizer.autoencoder.decode(latents)
+        picture = painted[..., : stream.height, : stream.width]
+        return tensor_to_image(sharpen(picture, sharpness)[0])
 
     def _parse(self, data: bytes, *, verify: bool = True) -> Stream:
         stream = Stream.from_bytes(data, verify=verify)
@@ -490,7 +497,13 @@ def _velocity(flow: Flow, transformer: Any, text: Tensor, pooled: Tensor) -> Vel
     return velocity
 
 
-def check_sampling(*, steps: int | None, guidance: float | None, seed: int | None) -> None:
+def check_sampling(
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
+    sharpness: float | None = None,
+) -> None:
     """Refuse sampling options out of range; None, the model's default, is in range.
 
     Raises:
@@ -502,6 +515,8 @@ def check_sampling(*, steps: int | None, guidance: float | None, seed: int | Non
         raise ValueError(f"guidance is {guidance}: it must be at least 0 and finite")
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}: it must be 0 to 2**64 - 1")
+    if sharpness is not None:
+        check_sharpness(sharpness)
 
 
 def _to_picture(image: ImageInput) -> Image.Image:

@@ -35,6 +35,7 @@ from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.latent_decoder import LatentDecoder
 from percov2.synthesis.sampler import Tiling
+from percov2.synthesis.sharpening import check_sharpness
 from percov2.synthesis.text_conditioner import TextConditioner
 
 M = TypeVar("M", bound=ModelMixin)
@@ -55,6 +56,8 @@ class CodecConfig:
         default_steps: sampling steps when the user names none.
         default_guidance: classifier-free guidance when the user names none; 1 is off, 0 ignores the
             caption.
+        sharpness: of `percov2.synthesis.sharpening.sharpen` when the user names none; 0 for models
+            that were stored before there was one.
         rate_weight: of `percov2.token_chooser.TokenChooser` when the user names none; 0 for
             models that were stored before there was one.
         color_weight: likewise.
@@ -72,6 +75,7 @@ class CodecConfig:
     tiling: Tiling
     default_steps: int
     default_guidance: float
+    sharpness: float = 0.0
     rate_weight: float = 0.0
     color_weight: float = 0.0
     latent_weight: float = 0.0
@@ -86,6 +90,7 @@ class CodecConfig:
                 f"default_steps {self.default_steps} must be at least 1 and default_guidance "
                 f"{self.default_guidance} at least 0"
             )
+        check_sharpness(self.sharpness)
         check_choice_weights(
             rate_weight=self.rate_weight,
             color_weight=self.color_weight,

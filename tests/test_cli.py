@@ -327,7 +327,10 @@ def test_folders_and_files_are_not_mixed(
     assert (tmp_path / "file.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("option", [["--seed", str(2**64)], ["--steps", "0"], ["--guidance", "-1"]])
+@pytest.mark.parametrize(
+    "option",
+    [["--seed", str(2**64)], ["--steps", "0"], ["--guidance", "-1"], ["--sharpness", "-0.1"]],
+)
 def test_sampling_options_are_checked_once_for_a_whole_folder(
     option: list[str], stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,13 +14,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn import functional as F
 
 import percov2
 from percov2.bitstream import COMMON_SIZES, BitstreamError, Stream
 from percov2.codec import Codec
+from percov2.data.transforms import image_to_tensor
 from percov2.entropy.range_coder import RangeDecoder
 from percov2.entropy.token_coder import TokenCoder
 from percov2.rate_control import RATE_WEIGHTS
+from percov2.synthesis.sharpening import sharpen
 from tests.tiny_codec import save_tiny
 
 
@@ -167,6 +170,28 @@ def test_guidance_of_one_equals_the_plain_conditional_velocity(
     # v_u + g (v_c - v_u) is continuous in g: close to 1 the picture is nearly the same.
     near = np.asarray(codec.decompress(data, steps=2, guidance=1.0001)).astype(int)
     assert np.abs(plain - near).max() <= 1
+
+
+def test_pictures_are_sharpened_as_told_or_as_the_model_says(
+    codec: Codec, photograph: Image.Image, tmp_path: Path
+) -> None:
+    data = codec.compress(photograph)
+    plain = codec.decompress(data, steps=1)
+    sharpened = sharpen(image_to_tensor(plain)[None], 0.5)[0]
+    told = codec.decompress(data, steps=1, sharpness=0.5)
+    # Of the plain picture, which was rounded, as far from black and white as nothing was clamped.
+    levels = torch.from_numpy(np.asarray(plain).astype(np.float32)).movedim(-1, 0)
+    whole = F.max_pool2d((levels - 127.5).abs(), 5, stride=1, padding=2) < 127
+    off = (image_to_tensor(told) - sharpened.clamp(-1, 1)).abs()
+    assert whole.float().mean() > 0.5
+    assert off[whole].max() < 1.6 / 127.5
+    assert np.abs(np.asarray(told).astype(int) - np.asarray(plain)).max() > 5
+    config = replace(codec.config, sharpness=0.5)
+    replace(codec.components, config=config).save(tmp_path)
+    sharpening = percov2.load(str(tmp_path))
+    assert sharpening.compress(photograph) == data, "the stream does not depend on it"
+    assert np.array_equal(sharpening.decompress(data, steps=1), told)
+    assert np.array_equal(sharpening.decompress(data, steps=1, sharpness=0.0), plain)
 
 
 @pytest.mark.parametrize(

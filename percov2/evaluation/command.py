@@ -173,9 +173,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.weights is not None and not args.weights.is_dir():
         raise ValueError(f"--weights {args.weights} is no folder: name one, or leave it out")
     for steps in args.steps or []:
-        check_sampling(steps=steps, guidance=None, seed=None)
+        check_sampling(steps=steps)
     for guidance in args.guidance or []:
-        check_sampling(steps=None, guidance=guidance, seed=None)
+        check_sampling(guidance=guidance)
 
 
 def _evaluate(args: argparse.Namespace, peers: Processes) -> dict[str, Any]:

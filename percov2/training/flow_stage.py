@@ -68,6 +68,7 @@ class FlowStage(L.LightningModule):
         train_text_encoders: whether the text encoders learn (tiny ones must, SD3's must not).
         default_steps: stored with the model.
         default_guidance: stored with the model.
+        sharpness: stored with the model; nothing is trained by it.
         cached_text: whether the data bring the text of their captions (a cache). The text encoders
             are then not loaded until the model is exported.
         gradient_checkpointing: compute the transformer's activations anew in the backward pass:
@@ -110,6 +111,7 @@ class FlowStage(L.LightningModule):
         train_text_encoders: bool,
         default_steps: int,
         default_guidance: float,
+        sharpness: float = 0.0,
         cached_text: bool = False,
         gradient_checkpointing: bool = False,
         lpips_weight: float = 0.0,
@@ -164,6 +166,7 @@ class FlowStage(L.LightningModule):
             tiling=tiling,
             default_steps=default_steps,
             default_guidance=default_guidance,
+            sharpness=sharpness,
             rate_weight=rate_weight,
             color_weight=color_weight,
             latent_weight=latent_weight,

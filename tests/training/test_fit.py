@@ -168,7 +168,7 @@ def test_a_joint_tokenizer_moves_and_settles(trained: Run) -> None:
     config = percov2.load(str(trained.model("settle"))).config
     weights = config.rate_weight, config.color_weight, config.latent_weight
     assert weights == (0.016, 2.0, 0.017)
-    assert (config.default_guidance, config.flow.gain) == (0, 0.9)
+    assert (config.default_guidance, config.flow.gain, config.sharpness) == (0, 0.9, 0.18)
 
 
 def test_rates_have_ids_of_their_own(trained: Run) -> None:

@@ -101,7 +101,7 @@ class RateDistortionSamples(ValidationMonitor):
         if not steps:
             raise ValueError("steps is empty: name a number of sampling steps")
         for count in steps:
-            check_sampling(steps=count, guidance=None, seed=None)
+            check_sampling(steps=count)
         self.images, self.scatter_images, self.steps = images, scatter_images, tuple(steps)
 
     def begin(self, stage: Stage) -> None:

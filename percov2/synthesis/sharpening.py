@@ -1,0 +1,43 @@
+"""Local contrast of painted pictures.
+
+Shape legend: B batch, H and W rows and columns of pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+from torch.nn import functional as F
+
+_SIDE = 5
+"""Of the squares whose means count as the picture without detail. By features of two networks 5 is
+a little better than 3 or 7; see docs/training.md."""
+
+
+def check_sharpness(amount: float) -> None:
+    """Refuse an amount that `sharpen` does not take.
+
+    Raises:
+        ValueError: negative, infinite or not a number.
+    """
+    if not 0 <= amount < math.inf:
+        raise ValueError(f"sharpness is {amount}: it must be at least 0 and finite")
+
+
+def sharpen(images: Tensor, amount: float) -> Tensor:
+    """Unsharp masking: add a share of what sets each pixel apart from its neighbourhood.
+
+    A painter that is also judged by squared error weakens detail that the tokens leave open, the
+    finest most. Painting more of its residual (`percov2.synthesis.flow.Flow.gain`) strengthens
+    whatever it invents; this strengthens edges and texture alike, at half the loss of fidelity.
+
+    Args:
+        images: (B, 3, H, W), in any unit.
+        amount: the share; 0 leaves pictures as they are.
+
+    Returns:
+        (B, 3, H, W), not clamped. At the border the neighbourhood is what there is of it.
+    """
+    means = F.avg_pool2d(images, _SIDE, stride=1, padding=_SIDE // 2, count_include_pad=False)
+    return images.lerp(means, -amount)
