@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 _SIDE = 5
 """Of the squares whose means count as the picture without detail. By features of two networks 5 is
-a little better than 3 or 7; see docs/training.md."""
+a little better than 3 and as good as 7; see docs/training.md."""
 
 
 def check_sharpness(amount: float) -> None:
@@ -30,7 +30,7 @@ def sharpen(images: Tensor, amount: float) -> Tensor:
 
     A painter that is also judged by squared error weakens detail that the tokens leave open, the
     finest most. Painting more of its residual (`percov2.synthesis.flow.Flow.gain`) strengthens
-    whatever it invents; this strengthens edges and texture alike, at half the loss of fidelity.
+    whatever it invents; this strengthens edges and texture alike, at less loss of fidelity.
 
     Args:
         images: (B, 3, H, W), in any unit.
@@ -39,5 +39,7 @@ def sharpen(images: Tensor, amount: float) -> Tensor:
     Returns:
         (B, 3, H, W), not clamped. At the border the neighbourhood is what there is of it.
     """
+    if amount == 0:  # most models': a large picture need not be in memory thrice for it
+        return images
     means = F.avg_pool2d(images, _SIDE, stride=1, padding=_SIDE // 2, count_include_pad=False)
     return images.lerp(means, -amount)
