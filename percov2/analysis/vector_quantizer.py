@@ -27,7 +27,7 @@ class Quantized:
             through the quantisation to the input.
         tokens: (B, r, c), int64 in [0, V).
         commitment_loss: scalar, 1 - cosine similarity of vector and code; gradient to the
-            input only.
+            input only. With tokens that an encoder searched for it teaches the input to find them.
     """
 
     features: Tensor
@@ -96,12 +96,19 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         """V."""
         return int(self.config.codebook_size)
 
-    def forward(self, features: Tensor) -> Quantized:
-        """Quantise (B, M, r, c); in training mode the codebook is updated afterwards."""
+    def forward(self, features: Tensor, tokens: Tensor | None = None) -> Quantized:
+        """Quantise (B, M, r, c); in training mode the codebook is updated afterwards.
+
+        Args:
+            features: of the hyper-encoder.
+            tokens: (B, r, c) in [0, V), to be taken instead of the nearest codes: those of an
+                encoder that weighs more than similarity. Gradients pass to the vector all the same,
+                and the codebook moves to the vectors that such tokens stand for.
+        """
         projected = self.project_in(features)
         unit, similarity = self._compare(projected)
         with torch.autocast(features.device.type, enabled=False):
-            tokens = similarity.argmax(-1)
+            tokens = similarity.argmax(-1) if tokens is None else tokens
             codes = F.embedding(tokens, self.codebook).movedim(-1, 1)
             commitment = (1 - (unit * codes).sum(1)).mean()
             straight_through = unit + (codes - unit).detach()

@@ -46,6 +46,7 @@ from percov2.entropy.masked_transformer import (
 )
 from percov2.entropy.range_coder import TOTAL, Frequencies
 from percov2.entropy.schedules import Groups
+from percov2.entropy.window_partition import WindowPartition
 
 RESIDUAL_BITS = 9
 ACTIVATION_BITS = 6
@@ -214,41 +215,6 @@ class _Layer:
         return {**parts, f"{prefix}.position_bias": self.position_bias}
 
 
-@dataclass(frozen=True, slots=True)
-class _Partition:
-    """Which visible token sits where in which window.
-
-    Attributes:
-        slots: (W, n) index of a visible token, or M where a window has fewer than n.
-        where: (M,) position of each visible token in the flattened slots.
-        y, x: (W, n) place in the window, of empty slots 0.
-    """
-
-    slots: Tensor
-    where: Tensor
-    y: Tensor
-    x: Tensor
-
-    @classmethod
-    def of(cls, rows: Tensor, cols: Tensor, *, side: int, offset: int) -> _Partition:
-        """Sort M tokens, given by their rows and columns, into windows."""
-        down, across = (rows + offset) // side, (cols + offset) // side
-        window = down * (across.max() + 1) + across
-        _, window, counts = torch.unique(window, return_inverse=True, return_counts=True)
-        order = window.argsort(stable=True)
-        first = counts.cumsum(0) - counts
-        rank = torch.empty_like(window)
-        rank[order] = torch.arange(len(window), device=rows.device) - first[window[order]]
-        length = int(counts.max())
-        where = window * length + rank
-        slots = rows.new_full((len(counts) * length,), len(rows))
-        slots[where] = torch.arange(len(rows), device=rows.device)
-        y, x = torch.zeros_like(slots), torch.zeros_like(slots)
-        y[where], x[where] = (rows + offset) % side, (cols + offset) % side
-        shape = (len(counts), length)
-        return cls(slots.view(shape), where, y.view(shape), x.view(shape))
-
-
 class IntegerTransformer:
     """`MaskedTransformer` as integers; gives frequencies for the range coder.
 
@@ -361,7 +327,7 @@ class IntegerTransformer:
         place = place + self._cols[position_bin(cols, visible.shape[1])]
         x = (content + place).clamp_(-_RESIDUAL_MAX, _RESIDUAL_MAX)
         partitions = {
-            offset: _Partition.of(rows, cols, side=self.window, offset=offset)
+            offset: WindowPartition.of(rows, cols, side=self.window, offset=offset)
             for offset in {layer.offset for layer in self._layers}
         }
         for layer in self._layers:
@@ -371,7 +337,7 @@ class IntegerTransformer:
             x = x.add_(layer.mlp_out(hidden)).clamp_(-_RESIDUAL_MAX, _RESIDUAL_MAX)
         return _normalise(x[:, asked])
 
-    def _attend(self, layer: _Layer, x: Tensor, partition: _Partition) -> Tensor:
+    def _attend(self, layer: _Layer, x: Tensor, partition: WindowPartition) -> Tensor:
         """Attention in windows, (B, M, d) to the same shape."""
         batch, _, dim = x.shape
         qkv = layer.qkv(x).clamp_(-_ACTIVATION_MAX, _ACTIVATION_MAX)
@@ -379,29 +345,23 @@ class IntegerTransformer:
         count, length = partition.slots.shape
         chunk = max(1, _ATTENTION_ELEMENTS // (batch * self.num_heads * length**2))
         done = [
-            self._attend_windows(layer, qkv, partition, slice(first, first + chunk))
+            self._attend_windows(layer, qkv, partition.part(slice(first, first + chunk)))
             for first in range(0, count, chunk)
         ]
         attended = torch.cat(done, 1).view(batch, count * length, dim)
         return attended.index_select(1, partition.where)
 
-    def _attend_windows(
-        self, layer: _Layer, qkv: Tensor, partition: _Partition, part: slice
-    ) -> Tensor:
+    def _attend_windows(self, layer: _Layer, qkv: Tensor, partition: WindowPartition) -> Tensor:
         """Attention in some windows: (B, M + 1, 3 d) to (B, W, n, d)."""
-        slots, y, x = partition.slots[part], partition.y[part], partition.x[part]
-        gathered = qkv.index_select(1, slots.flatten())
-        gathered = gathered.view(len(qkv), *slots.shape, 3, self.num_heads, -1)
+        gathered = qkv.index_select(1, partition.slots.flatten())
+        gathered = gathered.view(len(qkv), *partition.slots.shape, 3, self.num_heads, -1)
         q, k, v = gathered.permute(3, 0, 1, 4, 2, 5)  # each (B, W, H, n, d / H)
-        side = 2 * self.window - 1
-        offset = (y[:, :, None] - y[:, None, :] + self.window - 1) * side
-        offset += x[:, :, None] - x[:, None, :] + self.window - 1
+        offset = partition.offsets()
         bias = layer.position_bias.index_select(1, offset.flatten())
         bias = bias.view(-1, *offset.shape).transpose(0, 1)  # (W, H, n, n)
-        empty = (slots == qkv.shape[1] - 1)[:, None, None, :]
         unit = ATTENTION_SCALE * 2.0 ** (SCORE_BITS - 2 * ACTIVATION_BITS)
         scores = (q @ k.transpose(-1, -2)).mul_(unit).round_().add_(bias)
-        scores.masked_fill_(empty, -(2**20))
+        scores.masked_fill_(partition.empty[:, None, None, :], -(2**20))
         below = (scores.amax(-1, keepdim=True) - scores).clamp_(max=len(self._attention_exp) - 1)
         weights = _normalised_weights(_look_up(self._attention_exp, below))
         mixed: Tensor = (weights @ v).mul_(2.0**-WEIGHT_BITS).round_()

@@ -9,7 +9,7 @@ What is coded with is the integer form of this model (`integer_transformer`). It
 are the constants below, and the ranges bound the activations here too, so that both compute the
 same function up to rounding.
 Shape legend: B batch, r and c token rows and columns, V codebook size, d model width, H heads,
-n positions of a window, M visible positions: known, or asked for.
+n positions of a window, W windows, M visible positions: known, or asked for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from percov2.entropy.schedules import Groups, num_groups
+from percov2.entropy.window_partition import WindowPartition
 
 RESIDUAL_RANGE = 64.0
 """Bound of the residual stream's magnitude."""
@@ -53,34 +54,6 @@ def position_bin(index: Tensor, length: int) -> Tensor:
     return index * POSITION_BINS // length
 
 
-@dataclass(frozen=True, slots=True)
-class _Windows:
-    """Partition of a grid into windows; shifted ones begin half a window before the grid."""
-
-    rows: int
-    cols: int
-    side: int
-    offset: int
-
-    def split(self, grid: Tensor) -> Tensor:
-        """(B, r, c, d) to (B windows, n, d); positions outside the grid are zero."""
-        bottom = -(self.rows + self.offset) % self.side
-        right = -(self.cols + self.offset) % self.side
-        grid = F.pad(grid, (0, 0, self.offset, right, self.offset, bottom))
-        batch, rows, cols, dim = grid.shape
-        grid = grid.view(batch, rows // self.side, self.side, cols // self.side, self.side, dim)
-        return grid.transpose(2, 3).reshape(-1, self.side * self.side, dim)
-
-    def join(self, windows: Tensor, batch: int) -> Tensor:
-        """The inverse of `split`."""
-        down = -(-(self.rows + self.offset) // self.side)
-        across = -(-(self.cols + self.offset) // self.side)
-        grid = windows.view(batch, down, across, self.side, self.side, -1).transpose(2, 3)
-        grid = grid.reshape(batch, down * self.side, across * self.side, -1)
-        rows, cols = slice(self.offset, None), slice(self.offset, None)
-        return grid[:, rows, cols][:, : self.rows, : self.cols]
-
-
 class WindowAttention(nn.Module):
     """Multi-head attention in windows with a learned bias per relative position."""
 
@@ -92,30 +65,21 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.position_bias = nn.Parameter(torch.zeros(num_heads, (2 * window - 1) ** 2))
 
-    def _bias(self) -> Tensor:
-        """(H, n, n) bias of every pair of positions of a window."""
-        device = self.position_bias.device
-        rows = torch.arange(self.window, device=device).repeat_interleave(self.window)
-        cols = torch.arange(self.window, device=device).repeat(self.window)
-        delta_y = rows[:, None] - rows[None, :] + self.window - 1
-        delta_x = cols[:, None] - cols[None, :] + self.window - 1
-        return self.position_bias[:, delta_y * (2 * self.window - 1) + delta_x]
-
-    def forward(self, x: Tensor, visible: Tensor, places: Tensor) -> Tensor:
+    def forward(self, x: Tensor, partition: WindowPartition) -> Tensor:
         """(M, d) to the same shape; see `Block.forward`."""
-        batch, rows, cols = visible.shape
-        windows = _Windows(rows, cols, self.window, self.offset)
         qkv = self.qkv(x).clamp(-ACTIVATION_RANGE, ACTIVATION_RANGE)
-        grid = qkv.new_zeros(batch * rows * cols, qkv.shape[1]).index_copy(0, places, qkv)
-        qkv = windows.split(grid.view(batch, rows, cols, -1))
-        q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        # A position that nobody sees still sees itself: no row of the softmax is empty.
-        keys = windows.split(visible[..., None].to(x))[:, None, None, :, 0] > 0
-        allowed = keys | torch.eye(q.shape[2], dtype=torch.bool, device=x.device)
-        bias = torch.where(allowed, self._bias()[None], float("-inf"))
+        # The row behind the last is what empty slots point to.
+        qkv = F.pad(qkv, (0, 0, 0, 1)).index_select(0, partition.slots.flatten())
+        qkv = qkv.view(*partition.slots.shape, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (W, H, n, d / H)
+        offsets = partition.offsets()
+        # An embedding would look them up as well, at ten times the time.
+        bias = self.position_bias.index_select(1, offsets.flatten())
+        bias = bias.view(-1, *offsets.shape).transpose(0, 1)  # (W, H, n, n)
+        bias = bias.masked_fill(partition.empty[:, None, None, :], float("-inf"))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=ATTENTION_SCALE)
-        joined = windows.join(attended.transpose(1, 2).flatten(2), batch).flatten(0, 2)
-        out: Tensor = self.out(joined[places])
+        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
+        out: Tensor = self.out(attended.index_select(0, partition.where))
         return out
 
 
@@ -127,15 +91,14 @@ class Block(nn.Module):
         self.attention = WindowAttention(dim, num_heads, window, shifted=shifted)
         self.mlp_in, self.mlp_out = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor, visible: Tensor, places: Tensor) -> Tensor:
+    def forward(self, x: Tensor, partition: WindowPartition) -> Tensor:
         """The visible positions, (M, d), to the same shape.
 
         Args:
-            x: in row-major order.
-            visible: (B, r, c) bool.
-            places: (M,), where ``visible`` is true in the flattened grids.
+            x: of all samples, in the partition's order.
+            partition: of them, into windows that start at ``attention.offset``.
         """
-        x = _residual(x + self.attention(_rms_norm(x), visible, places))
+        x = _residual(x + self.attention(_rms_norm(x), partition))
         hidden = self.mlp_in(_rms_norm(x)).clamp(0, HIDDEN_RANGE)
         return _residual(x + self.mlp_out(hidden))
 
@@ -199,13 +162,27 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         )
         content = torch.where(known[..., None], self.token_embedding(tokens), self.mask_embedding)
         visible = known | where
-        # Once for all blocks: on a GPU it waits for what is computed so far.
-        places = visible.flatten().nonzero().squeeze(1)
-        x = _residual(content + place).flatten(0, 2)[places]
+        x = _residual(content + place)[visible]
+        partitions = self._partitions(visible)
         for block in self.blocks:
-            x = block(x, visible, places)
-        logits: Tensor = self.head(_rms_norm(x[where.flatten()[places]]))
+            assert isinstance(block, Block)
+            x = block(x, partitions[block.attention.offset])
+        logits: Tensor = self.head(_rms_norm(x[where[visible]]))
         return logits
+
+    def _partitions(self, visible: Tensor) -> dict[int, WindowPartition]:
+        """Of the visible positions of (B, r, c), by the windows' offset.
+
+        Once for all blocks: on a GPU they wait for what is computed so far.
+        """
+        samples, rows, cols = visible.nonzero().unbind(1)
+        side = self.config.window
+        # One sample below the other, so far that no window holds tokens of two.
+        rows = rows + samples * side * (visible.shape[1] // side + 2)
+        return {
+            offset: WindowPartition.of(rows, cols, side=side, offset=offset)
+            for offset in {0, side // 2}
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

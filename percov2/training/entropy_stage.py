@@ -60,18 +60,18 @@ class EntropyStage(L.LightningModule):
         commitment_weight: of the quantiser's commitment loss; 0 is PerCo's choice.
         random_mask_share: share of samples with random instead of scheduled masks, in [0, 1].
         min_targets: of a sample with a scheduled mask, see `draw_training_masks`.
-        rate_weight: with which the tokens of a frozen tokenizer are chosen, see
-            `percov2.token_chooser`: those of the encoder that the masked transformer is for.
-        color_weight: likewise.
+        rate_weight: with which tokens are chosen, see `percov2.token_chooser`: those of the encoder
+            that tokenizer and masked transformer are for.
+        color_weight: likewise; what codes decode to is measured when training begins, and at every
+            step of a tokenizer that learns.
         latent_weight: likewise.
         seed: of the masks.
         start: stage 1 directory whose hyper-encoder, quantiser and latent decoder are taken over,
             and the masked transformer too if its architecture is the same.
 
     Raises:
-        ValueError: phases that leave a gap, a tokenizer that is neither trained nor taken over, a
-            ``start`` that is configured otherwise, or a weight of the choice of tokens for a
-            tokenizer that learns.
+        ValueError: phases that leave a gap, a tokenizer that is neither trained nor taken over, or
+            a ``start`` that is configured otherwise.
     """
 
     def __init__(
@@ -108,17 +108,6 @@ class EntropyStage(L.LightningModule):
                 f"masked_steps_from {masked_steps_from} > tokenizer_steps {tokenizer_steps}: "
                 "nothing would be trained in between"
             )
-        weights = {
-            "rate_weight": rate_weight,
-            "color_weight": color_weight,
-            "latent_weight": latent_weight,
-        }
-        for weight, value in weights.items():
-            if value and tokenizer_steps:
-                raise ValueError(
-                    f"{weight} is {value} and tokenizer_steps {tokenizer_steps}: tokens are chosen "
-                    "by weights once the tokenizer is frozen; set one of them 0"
-                )
         local = Path(autoencoder).is_dir()
         directory = Path(autoencoder) if local else local_copy(autoencoder, ["vae"])
         self.autoencoder = load_autoencoder(directory).requires_grad_(False)
@@ -165,7 +154,8 @@ class EntropyStage(L.LightningModule):
 
     def _tokenizer_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction + commitment, and the tokens (B, r, c)."""
-        quantized = self.quantizer(self.hyper_encoder(latents))
+        tokens = self.choose_tokens(latents)
+        quantized = self.quantizer(self.hyper_encoder(latents), tokens)
         prediction = self.latent_decoder(quantized.features)
         loss = F.mse_loss(prediction, latents)
         self.log("train/latent_mse", loss, prog_bar=True)
@@ -176,7 +166,7 @@ class EntropyStage(L.LightningModule):
             loss = loss + self.pixel_weight * pixel_error
         self.log("train/commitment", quantized.commitment_loss)
         loss = loss + self.commitment_weight * quantized.commitment_loss
-        return loss, quantized.tokens
+        return loss, tokens
 
     def _masked_loss(self, tokens: Tensor, keys: list[str], *, step: int) -> Tensor:
         """Bits per token of the masked transformer."""
@@ -214,6 +204,9 @@ class EntropyStage(L.LightningModule):
 
     def choose_tokens(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to tokens (B, r, c), without moving the codebook."""
+        if self.global_step < self.tokenizer_steps:
+            # What its codes decode to moves: it is measured anew.
+            self._choose = TokenChooser(self.components(), schedule=self.schedule)
         return self._choose(
             latents,
             rate_weight=self.rate_weight,

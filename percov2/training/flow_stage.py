@@ -51,8 +51,9 @@ class FlowStage(L.LightningModule):
     """Conditional flow matching on stage 1's tokens.
 
     With ``train_tokenizer`` the hyper-encoder, quantiser and latent decoder learn from the flow's
-    loss too, and the masked transformer follows on detached tokens, so that the entropy model
-    stays true; otherwise all of them are frozen.
+    loss too, on the tokens that the encoder would choose at present, and the masked transformer
+    follows on detached tokens, so that the entropy model stays true; otherwise all of them are
+    frozen.
 
     Args:
         tokenizer: stage 1 directory.
@@ -81,7 +82,8 @@ class FlowStage(L.LightningModule):
             PerCo's choice.
         rate_weight: with which tokens are chosen, in training and by the model's encoder; see
             `percov2.token_chooser`.
-        color_weight: likewise; what codes decode to is measured when training begins.
+        color_weight: likewise; what codes decode to is measured when training begins, and at every
+            step of a tokenizer that learns.
         latent_weight: likewise.
         adversary: judges the decoded estimates of the data, for a flow that is to paint in a few
             steps; training times are then those of its sampling grid.
@@ -91,8 +93,7 @@ class FlowStage(L.LightningModule):
 
     Raises:
         ValueError: parts that do not fit together; ``cached_text`` with text encoders that are
-            to learn or do not exist yet; a weight of the choice of tokens for a tokenizer that
-            learns.
+            to learn or do not exist yet.
     """
 
     def __init__(
@@ -126,17 +127,6 @@ class FlowStage(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        weights = {
-            "rate_weight": rate_weight,
-            "color_weight": color_weight,
-            "latent_weight": latent_weight,
-        }
-        for weight, value in weights.items():
-            if value and train_tokenizer:
-                raise ValueError(
-                    f"{weight} is {value} and train_tokenizer true: gradients pass to the nearest "
-                    f"code only; freeze the tokenizer, or train it with {weight} 0"
-                )
         parts = TokenizerComponents.load(tokenizer)
         self.autoencoder = parts.autoencoder.requires_grad_(False)
         trained = {"hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"}
@@ -209,12 +199,11 @@ class FlowStage(L.LightningModule):
     def _condition(self, latents: Tensor) -> _Condition:
         """Latents (B, C, h, w) to tokens and what they tell."""
         with torch.set_grad_enabled(self.train_tokenizer and torch.is_grad_enabled()):
+            tokens = self.choose_tokens(latents)
             if self.train_tokenizer:
-                quantized = self.parts.quantizer(self.parts.hyper_encoder(latents))
-                tokens, features = quantized.tokens, quantized.features
-                commitment = quantized.commitment_loss
+                quantized = self.parts.quantizer(self.parts.hyper_encoder(latents), tokens)
+                features, commitment = quantized.features, quantized.commitment_loss
             else:
-                tokens = self.choose_tokens(latents)
                 features = self.parts.quantizer.tokens_to_features(tokens)
                 commitment = latents.new_zeros(())
             return _Condition(tokens, *self.parts.latent_decoder.condition(features), commitment)
@@ -222,6 +211,9 @@ class FlowStage(L.LightningModule):
     def choose_tokens(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) to tokens (B, r, c), as the model's encoder will choose them."""
         config = self.config
+        if self.train_tokenizer:
+            # What its codes decode to moves: it is measured anew.
+            self._choose = TokenChooser(self.parts, schedule=config.schedule)
         return self._choose(
             latents,
             rate_weight=config.rate_weight,

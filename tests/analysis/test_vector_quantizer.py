@@ -97,6 +97,25 @@ def test_features_get_the_gradient_as_if_nothing_were_quantised() -> None:
     torch.testing.assert_close(quantised.grad, plain.grad)
 
 
+def test_tokens_that_were_chosen_otherwise_are_taken_instead_of_the_nearest() -> None:
+    quantizer = make_quantizer(decay=0.8).train()
+    features = make_features(1).requires_grad_()
+    vectors, codebook = unit_vectors(quantizer, features), quantizer.codebook.double().numpy()
+    tokens = torch.from_numpy((vectors @ codebook.T).argsort(1)[:, -2]).view(2, 5, 7)
+    expected = quantizer.tokens_to_features(tokens)
+    result = quantizer(features, tokens)
+    assert torch.equal(result.tokens, tokens)
+    torch.testing.assert_close(result.features, expected)
+    taken = (vectors * codebook[tokens.flatten()]).sum(1)
+    assert result.commitment_loss.item() == pytest.approx(1 - taken.mean(), abs=1e-6)
+    result.features.sum().backward()
+    assert features.grad is not None
+    assert features.grad.count_nonzero() > 0
+    one_hot = np.eye(8)[tokens.flatten()]
+    sums = 0.8 * codebook + 0.2 * one_hot.T @ vectors
+    np.testing.assert_allclose(quantizer.ema_sums.numpy(), sums, atol=1e-5)
+
+
 def test_commitment_loss_pulls_vectors_to_their_codes() -> None:
     quantizer = make_quantizer().eval()
     features = make_features(1).requires_grad_()

@@ -15,7 +15,6 @@ from percov2.entropy.masked_transformer import (
     Block,
     MaskedTransformer,
     TrainingMasks,
-    _Windows,
     draw_training_masks,
     masked_cross_entropy,
 )
@@ -99,15 +98,19 @@ def test_tokens_neither_known_nor_asked_for_take_no_part(size: tuple[int, int]) 
         assert not torch.equal(more, logits), "asked for, they would be seen as unknown"
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("offset", [0, 2])
-def test_windows_split_and_join(size: tuple[int, int], offset: int) -> None:
-    windows = _Windows(*size, 4, offset)
-    grid = torch.randn(2, *size, 3)
-    split = windows.split(grid)
-    assert split.shape[1:] == (16, 3)
-    assert torch.equal(windows.join(split, 2), grid)
-    assert (split != 0).any(-1).sum() == 2 * size[0] * size[1], "the rest is zero"
+@torch.no_grad()
+def test_samples_of_which_other_tokens_are_visible_do_not_mix() -> None:
+    model, tokens = make_model(num_layers=3), make_tokens(9, 13, batch=3)
+    known = torch.zeros(tokens.shape, dtype=torch.bool)
+    known[0, :2], known[1] = True, True
+    where = ~known
+    where[1, 4, 4:], known[1, 4, 4:] = True, False
+    where[2] = False
+    where[2, 8, 12] = True
+    together = model(tokens, known, where).split(where.sum((1, 2)).tolist())
+    for i, logits in enumerate(together):
+        alone = model(tokens[i : i + 1], known[i : i + 1], where[i : i + 1])
+        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=1e-5)
 
 
 def naive_block(block: Block, grid: Tensor, visible: Tensor, offset: int) -> Tensor:

@@ -21,6 +21,7 @@ from percov2.data.transforms import image_to_tensor
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.sampler import Tiling
+from percov2.token_chooser import TokenChooser
 from percov2.training import AutoencoderStage, EntropyStage, FlowStage
 from percov2.training.adaptation import FullFinetune
 from percov2.training.adversary import Adversary
@@ -344,12 +345,42 @@ def test_flow_stage_paints_the_tokens_that_its_encoder_will_choose(
     assert torch.equal(condition, stage.parts.latent_decoder.condition(features)[0])
 
 
-@pytest.mark.parametrize("weight", ["rate_weight", "color_weight", "latent_weight"])
-def test_weighed_choices_and_a_learning_tokenizer_exclude_each_other(
-    tmp_path: Path, weight: str
+CHOICE = {"rate_weight": 0.1, "color_weight": 20.0, "latent_weight": 0.03}
+
+
+def test_a_joint_tokenizer_learns_from_the_tokens_that_its_encoder_chooses(
+    batch: Batch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=rf"{weight} is 0\.1 and train_tokenizer true"):
-        flow_stage(tmp_path, train_tokenizer=True, from_prediction=True, **{weight: 0.1})
+    stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True, **CHOICE)
+    parts = stage.parts
+    latents = parts.autoencoder.encode(batch["image"])
+    codebook = parts.quantizer.codebook.clone()
+    chosen = TokenChooser(parts, schedule="quincunx")(latents, **CHOICE)
+    similarity = parts.quantizer.similarity(parts.hyper_encoder(latents))
+    assert not torch.equal(chosen, similarity.argmax(-1))
+    taken = similarity.gather(-1, chosen[..., None])
+    condition = stage._condition(latents)
+    assert torch.equal(condition.tokens, chosen)
+    torch.testing.assert_close(condition.commitment, 1 - taken.mean())
+    assert not torch.equal(parts.quantizer.codebook, codebook)
+    _step(stage, stage.training_step(batch, 0))
+    stage.training_step(batch, 0).backward()
+    for part in ("hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"):
+        assert _without_gradient(parts.modules()[part]) == [], part
+
+
+def test_what_codes_of_a_joint_tokenizer_decode_to_is_measured_anew(
+    batch: Batch, tmp_path: Path
+) -> None:
+    stage = flow_stage(tmp_path, train_tokenizer=True, from_prediction=True, **CHOICE)
+    latents = stage.parts.autoencoder.encode(batch["image"])
+    chooser = TokenChooser(stage.parts, schedule="quincunx")
+    assert torch.equal(stage.choose_tokens(latents), chooser(latents, **CHOICE))
+    with torch.no_grad():
+        stage.parts.quantizer.project_out.weight.mul_(-3)
+    anew = TokenChooser(stage.parts, schedule="quincunx")(latents, **CHOICE)
+    assert not torch.equal(chooser(latents, **CHOICE), anew), "the old colours are of no use"
+    assert torch.equal(stage.choose_tokens(latents), anew)
 
 
 @pytest.mark.usefixtures("random_backbone")
