@@ -76,7 +76,7 @@ class WindowAttention(nn.Module):
         # An embedding would look them up as well, at ten times the time.
         bias = self.position_bias.index_select(1, offsets.flatten())
         bias = bias.view(-1, *offsets.shape).transpose(0, 1)  # (W, H, n, n)
-        bias = bias.masked_fill(partition.empty[:, None, None, :], float("-inf"))
+        bias.masked_fill_(partition.empty[:, None, None, :], float("-inf"))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=ATTENTION_SCALE)
         attended = attended.transpose(1, 2).flatten(2).flatten(0, 1)
         out: Tensor = self.out(attended.index_select(0, partition.where))

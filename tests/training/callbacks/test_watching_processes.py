@@ -25,6 +25,18 @@ WATCHERS = {
 }
 
 
+SIZE = 64
+"""Side of the pictures of `tests.training.tiny_runs`, in pixels."""
+A_BYTE = {
+    "samples/bytes": 1.0,
+    "samples/bpp": 8 / SIZE**2,
+    "rate/token_bytes": 1.0,
+    "rate/bits_per_token/stream": 8 / (SIZE // 16) ** 2,
+}
+"""What is measured from written files, and a byte of it: gradients that are summed in another order
+differ in the last bits, weights near a half then round to other integers, and where a stream just
+fills a byte one more follows. `rate/bits_per_token/ideal` has no such steps."""
+
 CHOOSING = ("--model.init_args.train_tokenizer=false", "--model.init_args.rate_weight=0.05")
 """Of a stage 2 whose tokens the frozen masked transformer has a say in."""
 
@@ -78,7 +90,8 @@ def test_two_processes_log_what_one_logs(
     for tag in same:
         assert two.steps(tag) == one.steps(tag), tag
         if tag.startswith(("gradient_norm/", "rate/", "samples/", "codebook/")):
-            assert two.values(tag) == pytest.approx(one.values(tag), rel=2e-3), tag
+            expected = pytest.approx(one.values(tag), rel=2e-3, abs=A_BYTE.get(tag))
+            assert two.values(tag) == expected, tag
     uses, of_one = (
         events.accumulator.Histograms("codebook/uses_per_code")[-1].histogram_value
         for events in (two, one)
