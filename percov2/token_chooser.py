@@ -190,8 +190,7 @@ def _put_together(trials: list[Tensor], taken: Tensor) -> Tensor:
 class TokenChooser:
     """Latents to tokens, as the encoder of a model chooses them.
 
-    What codes decode to is measured at the first choice that asks for it, and kept: a tokenizer
-    that learns has to be given a new chooser.
+    What codes decode to is measured at the first choice that asks for it, and kept until `forget`.
 
     Args:
         parts: of the model.
@@ -202,14 +201,25 @@ class TokenChooser:
         self._parts, self._schedule = parts, schedule
         self._colors: DecodedColors | None = None
 
+    def forget(self) -> None:
+        """Measure anew what codes decode to, at the next choice: of a tokenizer that learns."""
+        self._colors = None
+
     @torch.no_grad()
     def __call__(
-        self, latents: Tensor, *, rate_weight: float, color_weight: float, latent_weight: float
+        self,
+        latents: Tensor,
+        features: Tensor | None = None,
+        *,
+        rate_weight: float,
+        color_weight: float,
+        latent_weight: float,
     ) -> Tensor:
         """Latents (B, C, h, w) to tokens (B, r, c), int64 in [0, V).
 
         Args:
             latents: of pictures.
+            features: the hyper-encoder's of these latents, where they are known already.
             rate_weight: similarity that a bit is worth, at least 0.
             color_weight: see `ColorFeedback`, at least 0.
             latent_weight: see `search_tokens`, at least 0. With all weights 0 the nearest codes are
@@ -225,7 +235,9 @@ class TokenChooser:
             latent_weight=latent_weight,
             schedule=self._schedule,
         )
-        similarity = parts.quantizer.similarity(parts.hyper_encoder(latents))
+        if features is None:
+            features = parts.hyper_encoder(latents)
+        similarity = parts.quantizer.similarity(features)
         if color_weight:
             if self._colors is None or self._colors.of_codes.device != latents.device:
                 self._colors = DecodedColors.of(parts)

@@ -106,9 +106,10 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
                 and the codebook moves to the vectors that such tokens stand for.
         """
         projected = self.project_in(features)
-        unit, similarity = self._compare(projected)
+        unit = self._unit(projected)
         with torch.autocast(features.device.type, enabled=False):
-            tokens = similarity.argmax(-1) if tokens is None else tokens
+            if tokens is None:
+                tokens = self._compare(unit).argmax(-1)
             codes = F.embedding(tokens, self.codebook).movedim(-1, 1)
             commitment = (1 - (unit * codes).sum(1)).mean()
             straight_through = unit + (codes - unit).detach()
@@ -121,7 +122,7 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def similarity(self, features: Tensor) -> Tensor:
         """Cosine similarity of features (B, M, r, c) with every code, (B, r, c, V) in [-1, 1]."""
-        return self._compare(self.project_in(features))[1]
+        return self._compare(self._unit(self.project_in(features)))
 
     def tokens_to_features(self, tokens: Tensor) -> Tensor:
         """Tokens (B, r, c) in [0, V) to features (B, M, r, c): what the decoder starts from."""
@@ -129,12 +130,17 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         features: Tensor = self.project_out(codes.to(self.project_out.weight.dtype))
         return features
 
-    def _compare(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected (B, d, r, c) as unit vectors, and their similarity (B, r, c, V), detached."""
+    @staticmethod
+    def _unit(projected: Tensor) -> Tensor:
+        """Projected (B, d, r, c) as unit vectors."""
         with torch.autocast(projected.device.type, enabled=False):
-            unit = F.normalize(projected.float(), dim=1)
-            similarity = unit.detach().movedim(1, -1) @ self.codebook.float().T
-        return unit, similarity
+            return F.normalize(projected.float(), dim=1)
+
+    def _compare(self, unit: Tensor) -> Tensor:
+        """Similarity (B, r, c, V) of unit vectors (B, d, r, c) with every code, detached."""
+        with torch.autocast(unit.device.type, enabled=False):
+            similarity: Tensor = unit.detach().movedim(1, -1) @ self.codebook.float().T
+            return similarity
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, tokens: Tensor) -> None:

@@ -154,8 +154,9 @@ class EntropyStage(L.LightningModule):
 
     def _tokenizer_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction + commitment, and the tokens (B, r, c)."""
-        tokens = self.choose_tokens(latents)
-        quantized = self.quantizer(self.hyper_encoder(latents), tokens)
+        features = self.hyper_encoder(latents)
+        tokens = self.choose_tokens(latents, features)
+        quantized = self.quantizer(features, tokens)
         prediction = self.latent_decoder(quantized.features)
         loss = F.mse_loss(prediction, latents)
         self.log("train/latent_mse", loss, prog_bar=True)
@@ -202,13 +203,19 @@ class EntropyStage(L.LightningModule):
             loss = loss + bits
         return loss
 
-    def choose_tokens(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to tokens (B, r, c), without moving the codebook."""
-        if self.global_step < self.tokenizer_steps:
-            # What its codes decode to moves: it is measured anew.
-            self._choose = TokenChooser(self.components(), schedule=self.schedule)
+    def choose_tokens(self, latents: Tensor, features: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) to tokens (B, r, c), without moving the codebook.
+
+        Args:
+            latents: of pictures.
+            features: the hyper-encoder's of these latents, where they are known already.
+        """
+        # Behind the tokenizer's last step too, which has moved what was measured before it.
+        if self.global_step <= self.tokenizer_steps:
+            self._choose.forget()
         return self._choose(
             latents,
+            features,
             rate_weight=self.rate_weight,
             color_weight=self.color_weight,
             latent_weight=self.latent_weight,

@@ -199,23 +199,29 @@ class FlowStage(L.LightningModule):
     def _condition(self, latents: Tensor) -> _Condition:
         """Latents (B, C, h, w) to tokens and what they tell."""
         with torch.set_grad_enabled(self.train_tokenizer and torch.is_grad_enabled()):
-            tokens = self.choose_tokens(latents)
+            hyper = self.parts.hyper_encoder(latents)
+            tokens = self.choose_tokens(latents, hyper)
             if self.train_tokenizer:
-                quantized = self.parts.quantizer(self.parts.hyper_encoder(latents), tokens)
+                quantized = self.parts.quantizer(hyper, tokens)
                 features, commitment = quantized.features, quantized.commitment_loss
             else:
                 features = self.parts.quantizer.tokens_to_features(tokens)
                 commitment = latents.new_zeros(())
             return _Condition(tokens, *self.parts.latent_decoder.condition(features), commitment)
 
-    def choose_tokens(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) to tokens (B, r, c), as the model's encoder will choose them."""
+    def choose_tokens(self, latents: Tensor, features: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) to tokens (B, r, c), as the model's encoder will choose them.
+
+        Args:
+            latents: of pictures.
+            features: the hyper-encoder's of these latents, where they are known already.
+        """
         config = self.config
         if self.train_tokenizer:
-            # What its codes decode to moves: it is measured anew.
-            self._choose = TokenChooser(self.parts, schedule=config.schedule)
+            self._choose.forget()
         return self._choose(
             latents,
+            features,
             rate_weight=config.rate_weight,
             color_weight=config.color_weight,
             latent_weight=config.latent_weight,

@@ -94,6 +94,11 @@ def test_a_tokenizer_that_learns_takes_the_encoders_choice(
         parts.quantizer.project_out.weight.mul_(-3)
     anew = TokenChooser(parts, schedule="quincunx")(latents, **weights)
     assert torch.equal(stage.choose_tokens(latents), anew), "colours are measured at every step"
+    with torch.no_grad():
+        parts.quantizer.project_out.weight.mul_(-1)
+    anew = TokenChooser(parts, schedule="quincunx")(latents, **weights)
+    monkeypatch.setattr(EntropyStage, "global_step", 10)
+    assert torch.equal(stage.choose_tokens(latents), anew), "and once more behind the last"
 
 
 class WithAnotherProcess(SingleDeviceStrategy):
