@@ -178,6 +178,12 @@ def _add_decompress(commands: Any) -> None:
         help="local contrast added to the picture, 0 adds none (default: model's)",
     )
     parser.add_argument(
+        "--grain",
+        type=float,
+        metavar="A",
+        help="noise added at last, as a share of local contrast, 0 adds none (default: model's)",
+    )
+    parser.add_argument(
         "--allow-truncated",
         action="store_true",
         help="decode what is left of a cut stream, unverified; the rest is invented",
@@ -257,7 +263,8 @@ def _decompress(args: argparse.Namespace) -> int:
     from percov2.images import write_png
 
     _check_paths(args, ".png")
-    sampling = {name: getattr(args, name) for name in ("steps", "guidance", "seed", "sharpness")}
+    names = ("steps", "guidance", "seed", "sharpness", "grain")
+    sampling = {name: getattr(args, name) for name in names}
     check_sampling(**sampling)
     _quieten_libraries()
     codec_of = _codec_loader(args)

@@ -14,7 +14,7 @@ tokens          quantiser's codes, chosen   condition       latent decoder     c
   |             by nearness, bits and       latents         flow transformer <----+
   v             what they decode to           v             from the source, Euler steps
 bytes           token coder + masked        image           autoencoder, cropped,
-                transformer; caption                        sharpened
+                transformer; caption                        sharpened, with grain
                 coder; container
 ```
 
@@ -54,6 +54,7 @@ from percov2.model_store import ModelSummary, resolve_model
 from percov2.rate_control import Content, first_that_fits
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
+from percov2.synthesis.grain import add_grain, check_grain
 from percov2.synthesis.sampler import Velocity, guided, sample, tiled
 from percov2.synthesis.sharpening import check_sharpness, sharpen
 from percov2.token_chooser import TokenChooser
@@ -357,6 +358,7 @@ class Codec:
         guidance: float | None = None,
         seed: int | None = None,
         sharpness: float | None = None,
+        grain: float | None = None,
         allow_truncated: bool = False,
     ) -> Image.Image:
         """Bytes of a `.pcv2` file to an RGB picture of the original's size.
@@ -371,19 +373,23 @@ class Codec:
             sharpness: share of its local contrast that is added to the painted picture, at least 0,
                 which leaves it as it is; None is the model's default. See
                 `percov2.synthesis.sharpening`.
+            grain: strength of the noise that is added at last, as a share of local contrast, at
+                least 0, which adds none; None is the model's default. See
+                `percov2.synthesis.grain`.
             allow_truncated: decode what is there of a stream whose end is missing: the groups
                 that its bytes determine; the rest is sampled. The checksum of a cut stream does
                 not hold, so that the picture is unverified.
 
         Raises:
             BitstreamError: not a stream of this model, or damaged.
-            ValueError: steps, guidance, seed or sharpness out of range.
+            ValueError: steps, guidance, seed, sharpness or grain out of range.
         """
         steps = self.config.default_steps if steps is None else steps
         guidance = self.config.default_guidance if guidance is None else guidance
         seed = zlib.crc32(data) if seed is None else seed
         sharpness = self.config.sharpness if sharpness is None else sharpness
-        check_sampling(steps=steps, guidance=guidance, seed=seed, sharpness=sharpness)
+        grain = self.config.grain if grain is None else grain
+        check_sampling(steps=steps, guidance=guidance, seed=seed, sharpness=sharpness, grain=grain)
         cut = allow_truncated and not is_intact(data)
         stream = self._parse(data, verify=not cut)
         caption, tokens = self._read_cut(stream) if cut else self._read(stream)
@@ -392,7 +398,8 @@ class Codec:
         with torch.no_grad():
             painted = self.components.tokenizer.autoencoder.decode(latents)
         picture = painted[..., : stream.height, : stream.width]
-        return tensor_to_image(sharpen(picture, sharpness)[0])
+        shown = sharpen(picture, sharpness).clamp(-1, 1)
+        return tensor_to_image(add_grain(shown, grain, seed=seed)[0])
 
     def _parse(self, data: bytes, *, verify: bool = True) -> Stream:
         stream = Stream.from_bytes(data, verify=verify)
@@ -503,6 +510,7 @@ def check_sampling(
     guidance: float | None = None,
     seed: int | None = None,
     sharpness: float | None = None,
+    grain: float | None = None,
 ) -> None:
     """Refuse sampling options out of range; None, the model's default, is in range.
 
@@ -517,6 +525,8 @@ def check_sampling(
         raise ValueError(f"seed is {seed}: it must be 0 to 2**64 - 1")
     if sharpness is not None:
         check_sharpness(sharpness)
+    if grain is not None:
+        check_grain(grain)
 
 
 def _to_picture(image: ImageInput) -> Image.Image:

@@ -33,6 +33,7 @@ from percov2.entropy.token_coder import TokenCoder
 from percov2.messages import one_line
 from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow import Flow
+from percov2.synthesis.grain import check_grain
 from percov2.synthesis.latent_decoder import LatentDecoder
 from percov2.synthesis.sampler import Tiling
 from percov2.synthesis.sharpening import check_sharpness
@@ -58,6 +59,7 @@ class CodecConfig:
             caption.
         sharpness: of `percov2.synthesis.sharpening.sharpen` when the user names none; 0 for models
             that were stored before there was one.
+        grain: of `percov2.synthesis.grain.add_grain`, likewise.
         rate_weight: of `percov2.token_chooser.TokenChooser` when the user names none; 0 for
             models that were stored before there was one.
         color_weight: likewise.
@@ -76,6 +78,7 @@ class CodecConfig:
     default_steps: int
     default_guidance: float
     sharpness: float = 0.0
+    grain: float = 0.0
     rate_weight: float = 0.0
     color_weight: float = 0.0
     latent_weight: float = 0.0
@@ -91,6 +94,7 @@ class CodecConfig:
                 f"{self.default_guidance} at least 0"
             )
         check_sharpness(self.sharpness)
+        check_grain(self.grain)
         check_choice_weights(
             rate_weight=self.rate_weight,
             color_weight=self.color_weight,

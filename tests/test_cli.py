@@ -329,7 +329,13 @@ def test_folders_and_files_are_not_mixed(
 
 @pytest.mark.parametrize(
     "option",
-    [["--seed", str(2**64)], ["--steps", "0"], ["--guidance", "-1"], ["--sharpness", "-0.1"]],
+    [
+        ["--seed", str(2**64)],
+        ["--steps", "0"],
+        ["--guidance", "-1"],
+        ["--sharpness", "-0.1"],
+        ["--grain", "-0.1"],
+    ],
 )
 def test_sampling_options_are_checked_once_for_a_whole_folder(
     option: list[str], stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

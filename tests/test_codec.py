@@ -23,6 +23,7 @@ from percov2.data.transforms import image_to_tensor
 from percov2.entropy.range_coder import RangeDecoder
 from percov2.entropy.token_coder import TokenCoder
 from percov2.rate_control import RATE_WEIGHTS
+from percov2.synthesis.grain import add_grain
 from percov2.synthesis.sharpening import sharpen
 from tests.tiny_codec import save_tiny
 
@@ -192,6 +193,29 @@ def test_pictures_are_sharpened_as_told_or_as_the_model_says(
     assert sharpening.compress(photograph) == data, "the stream does not depend on it"
     assert np.array_equal(sharpening.decompress(data, steps=1), told)
     assert np.array_equal(sharpening.decompress(data, steps=1, sharpness=0.0), plain)
+
+
+def test_pictures_get_grain_as_told_or_as_the_model_says(
+    codec: Codec, photograph: Image.Image, tmp_path: Path
+) -> None:
+    data = codec.compress(photograph)
+    plain = codec.decompress(data, steps=1, seed=5)
+    told = codec.decompress(data, steps=1, seed=5, grain=0.5)
+    levels = torch.from_numpy(np.asarray(plain).astype(np.float32)).movedim(-1, 0)
+    expected = add_grain(image_to_tensor(plain)[None], 0.5, seed=5)[0]
+    whole = (levels > 0) & (levels < 255)
+    off = (image_to_tensor(told) - expected.clamp(-1, 1)).abs()
+    assert whole.float().mean() > 0.5
+    # Both are rounded.
+    assert off[whole].max() < 1.6 / 127.5
+    assert np.abs(np.asarray(told).astype(int) - np.asarray(plain)).mean() > 1
+    assert np.array_equal(told, codec.decompress(data, steps=1, seed=5, grain=0.5))
+    config = replace(codec.config, grain=0.5)
+    replace(codec.components, config=config).save(tmp_path)
+    grained = percov2.load(str(tmp_path))
+    assert grained.compress(photograph) == data, "the stream does not depend on it"
+    assert np.array_equal(grained.decompress(data, steps=1, seed=5), told)
+    assert np.array_equal(grained.decompress(data, steps=1, seed=5, grain=0.0), plain)
 
 
 @pytest.mark.parametrize(

@@ -421,6 +421,7 @@ def edit_index(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None
         (lambda i: i.update(model_id=2**16), "model_id is 65536"),
         (lambda i: i.update(default_steps=0), "default_steps 0"),
         (lambda i: i.update(sharpness=-1), "sharpness is -1"),
+        (lambda i: i.update(grain=float("inf")), "grain is inf"),
         (lambda i: i["flow"].update(shift=0.5), "shift is 0.5"),
         (lambda i: i["tiling"].update(size=7), "tile size 7"),
     ],

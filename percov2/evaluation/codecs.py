@@ -189,7 +189,7 @@ def _digest(codec: Codec) -> str:
     }
     config = codec.config
     weights = config.rate_weight, config.color_weight, config.latent_weight
-    settings = config.flow, config.tiling, config.sharpness, *weights
+    settings = config.flow, config.tiling, config.sharpness, config.grain, *weights
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for part, module in sorted(parts.items()):
         for name, value in sorted(module.state_dict().items()):

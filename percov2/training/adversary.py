@@ -27,6 +27,7 @@ from percov2.analysis.autoencoder import Autoencoder
 from percov2.efficientnet import EfficientNetLite
 from percov2.training.checkpoint_weights import read_weights
 from percov2.training.checkpointing import compare_shapes, shapes_of
+from percov2.training.enlarger import Enlarger
 from percov2.training.frechet_loss import FrechetLoss
 from percov2.training.optimization import Optimization
 from percov2.training.patch_discriminator import PatchDiscriminator
@@ -54,6 +55,8 @@ class AdversarialLosses(NamedTuple):
             discriminator hardly see that a surface has the wrong colour, or several.
         pattern: `pattern_distance`, to be lowered by the painter.
         detail: `detail_distance`, to be lowered by the painter.
+        enlarged: mean absolute difference from what a `percov2.training.enlarger.Enlarger` makes
+            of the painted pictures, to be lowered by the painter; 0 without one.
         features: Wasserstein distortion of standardised features, to be lowered by the painter:
             squared differences of means and standard deviations in overlapping windows.
         frechet: see `percov2.training.frechet_loss.FrechetLoss`, of the last features' means
@@ -69,6 +72,7 @@ class AdversarialLosses(NamedTuple):
     layout: Tensor
     pattern: Tensor
     detail: Tensor
+    enlarged: Tensor
     features: Tensor
     frechet: Tensor
     realism: Tensor
@@ -86,6 +90,7 @@ class Adversary(nn.Module):
         layout_weight: of `AdversarialLosses.layout`.
         pattern_weight: of `AdversarialLosses.pattern`.
         detail_weight: of `AdversarialLosses.detail`.
+        enlarged_weight: of `AdversarialLosses.enlarged`; 0 spares the network.
         feature_weight: of `AdversarialLosses.features`.
         frechet_weight: of `AdversarialLosses.frechet`.
         realism_weight: of `AdversarialLosses.realism`.
@@ -104,9 +109,9 @@ class Adversary(nn.Module):
             begins anew if that run had none.
 
     Raises:
-        ValueError: EfficientNet-Lite0's packages are not installed; steps < 1, a negative weight,
-            a refiner for a decoder that does not learn, or a checkpoint without such a
-            discriminator.
+        ValueError: the packages of EfficientNet-Lite0, or with ``enlarged_weight`` those of
+            Real-ESRGAN, are not installed; steps < 1, a negative weight, a refiner for a decoder
+            that does not learn, or a checkpoint without such a discriminator.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Adversary(nn.Module):
         layout_weight: float,
         pattern_weight: float,
         detail_weight: float,
+        enlarged_weight: float,
         feature_weight: float,
         frechet_weight: float,
         realism_weight: float,
@@ -138,6 +144,7 @@ class Adversary(nn.Module):
             "layout_weight": layout_weight,
             "pattern_weight": pattern_weight,
             "detail_weight": detail_weight,
+            "enlarged_weight": enlarged_weight,
             "feature_weight": feature_weight,
             "frechet_weight": frechet_weight,
             "realism_weight": realism_weight,
@@ -158,6 +165,7 @@ class Adversary(nn.Module):
         self.layout_weight = layout_weight
         self.pattern_weight, self.detail_weight = pattern_weight, detail_weight
         self.feature_weight, self.realism_weight = feature_weight, realism_weight
+        self.enlarged_weight = enlarged_weight
         self.frechet_weight, self.frechet = frechet_weight, FrechetLoss(LAST_FEATURES)
         self.texture_weight, self.latent_channels = texture_weight, latent_channels
         self.patches = PatchDiscriminator(latent_channels, patch_width) if texture_weight else None
@@ -169,6 +177,12 @@ class Adversary(nn.Module):
             self._network = [EfficientNetLite(0).to(memory_format=torch.channels_last)]
         except ModuleNotFoundError as error:
             raise ValueError(f"an adversary needs EfficientNet-Lite0: {error}") from error
+        try:
+            self._enlarger = [Enlarger()] if enlarged_weight else []
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"enlarged_weight {enlarged_weight} needs Real-ESRGAN: {error}"
+            ) from error
 
     def prepare(self, autoencoder: Autoencoder) -> None:
         """Give the decoder its refiner, if it is to have one.
@@ -234,6 +248,7 @@ class Adversary(nn.Module):
             layout=F.mse_loss(F.avg_pool2d(painted, LAYOUT), F.avg_pool2d(original, LAYOUT)),
             pattern=pattern_distance(painted, original),
             detail=detail_distance(painted, original),
+            enlarged=self._enlarged(painted),
             features=features,
             frechet=frechet,
             realism=realism,
@@ -256,6 +271,7 @@ class Adversary(nn.Module):
             + self.layout_weight * losses.layout
             + self.pattern_weight * losses.pattern
             + self.detail_weight * losses.detail
+            + self.enlarged_weight * losses.enlarged
             + self.feature_weight * losses.features
             + self.frechet_weight * losses.frechet
             + self.realism_weight * losses.realism
@@ -275,6 +291,12 @@ class Adversary(nn.Module):
         real = self.patches(original, prediction)
         fake = self.patches(painted.detach(), prediction)
         return texture, _hinge([real], 1) + _hinge([fake], -1)
+
+    def _enlarged(self, painted: Tensor) -> Tensor:
+        """Difference from the enlarged pictures, 0 without a network that makes them."""
+        if not self._enlarger:
+            return painted.new_zeros(())
+        return F.l1_loss(painted, self._enlarger[0].to(painted.device)(painted.detach()))
 
     def _features(self, pictures: Tensor) -> list[Tensor]:
         network = self._network[0].to(pictures.device)

@@ -70,6 +70,7 @@ class FlowStage(L.LightningModule):
         default_steps: stored with the model.
         default_guidance: stored with the model.
         sharpness: stored with the model; nothing is trained by it.
+        grain: likewise.
         cached_text: whether the data bring the text of their captions (a cache). The text encoders
             are then not loaded until the model is exported.
         gradient_checkpointing: compute the transformer's activations anew in the backward pass:
@@ -113,6 +114,7 @@ class FlowStage(L.LightningModule):
         default_steps: int,
         default_guidance: float,
         sharpness: float = 0.0,
+        grain: float = 0.0,
         cached_text: bool = False,
         gradient_checkpointing: bool = False,
         lpips_weight: float = 0.0,
@@ -157,6 +159,7 @@ class FlowStage(L.LightningModule):
             default_steps=default_steps,
             default_guidance=default_guidance,
             sharpness=sharpness,
+            grain=grain,
             rate_weight=rate_weight,
             color_weight=color_weight,
             latent_weight=latent_weight,

