@@ -398,7 +398,7 @@ class Codec:
         with torch.no_grad():
             painted = self.components.tokenizer.autoencoder.decode(latents)
         picture = painted[..., : stream.height, : stream.width]
-        shown = sharpen(picture, sharpness).clamp(-1, 1)
+        shown = sharpen(picture, sharpness).clamp_(-1, 1)
         return tensor_to_image(add_grain(shown, grain, seed=seed)[0])
 
     def _parse(self, data: bytes, *, verify: bool = True) -> Stream:
