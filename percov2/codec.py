@@ -54,9 +54,9 @@ from percov2.model_store import ModelSummary, resolve_model
 from percov2.rate_control import Content, first_that_fits
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
-from percov2.synthesis.grain import add_grain, check_grain
+from percov2.synthesis.grain import add_grain
 from percov2.synthesis.sampler import Velocity, guided, sample, tiled
-from percov2.synthesis.sharpening import check_sharpness, sharpen
+from percov2.synthesis.sharpening import check_amount, sharpen
 from percov2.token_chooser import TokenChooser
 
 logger = logging.getLogger("percov2")
@@ -398,8 +398,7 @@ class Codec:
         with torch.no_grad():
             painted = self.components.tokenizer.autoencoder.decode(latents)
         picture = painted[..., : stream.height, : stream.width]
-        shown = sharpen(picture, sharpness).clamp_(-1, 1)
-        return tensor_to_image(add_grain(shown, grain, seed=seed)[0])
+        return tensor_to_image(add_grain(sharpen(picture, sharpness), grain, seed=seed)[0])
 
     def _parse(self, data: bytes, *, verify: bool = True) -> Stream:
         stream = Stream.from_bytes(data, verify=verify)
@@ -519,14 +518,12 @@ def check_sampling(
     """
     if steps is not None and not 1 <= steps <= MAX_SAMPLING_STEPS:
         raise ValueError(f"steps is {steps}: it must be 1 to {MAX_SAMPLING_STEPS}")
-    if guidance is not None and not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance is {guidance}: it must be at least 0 and finite")
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}: it must be 0 to 2**64 - 1")
-    if sharpness is not None:
-        check_sharpness(sharpness)
-    if grain is not None:
-        check_grain(grain)
+    amounts = {"guidance": guidance, "sharpness": sharpness, "grain": grain}
+    for name, amount in amounts.items():
+        if amount is not None:
+            check_amount(name, amount)
 
 
 def _to_picture(image: ImageInput) -> Image.Image:

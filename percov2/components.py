@@ -33,10 +33,9 @@ from percov2.entropy.token_coder import TokenCoder
 from percov2.messages import one_line
 from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow import Flow
-from percov2.synthesis.grain import check_grain
 from percov2.synthesis.latent_decoder import LatentDecoder
 from percov2.synthesis.sampler import Tiling
-from percov2.synthesis.sharpening import check_sharpness
+from percov2.synthesis.sharpening import check_amount
 from percov2.synthesis.text_conditioner import TextConditioner
 
 M = TypeVar("M", bound=ModelMixin)
@@ -93,8 +92,8 @@ class CodecConfig:
                 f"default_steps {self.default_steps} must be at least 1 and default_guidance "
                 f"{self.default_guidance} at least 0"
             )
-        check_sharpness(self.sharpness)
-        check_grain(self.grain)
+        check_amount("sharpness", self.sharpness)
+        check_amount("grain", self.grain)
         check_choice_weights(
             rate_weight=self.rate_weight,
             color_weight=self.color_weight,

@@ -5,11 +5,11 @@ Shape legend: B batch, H and W rows and columns of pixels.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from percov2.synthesis.sharpening import local_mean
 
 _FLOOR = 5 / 127.5
 """Added to the local contrast: surfaces of photographs are not without grain either."""
@@ -24,16 +24,6 @@ _OTHER_STREAM = 0x9E3779B97F4A7C15
 """Grain of the same seed is other noise than what pictures are painted from."""
 
 
-def check_grain(amount: float) -> None:
-    """Refuse an amount that `add_grain` does not take.
-
-    Raises:
-        ValueError: negative, infinite or not a number.
-    """
-    if not 0 <= amount < math.inf:
-        raise ValueError(f"grain is {amount}: it must be at least 0 and finite")
-
-
 def add_grain(images: Tensor, amount: float, *, seed: int) -> Tensor:
     """Add noise as strong as a share of the local contrast, the same to all three colours.
 
@@ -42,26 +32,23 @@ def add_grain(images: Tensor, amount: float, *, seed: int) -> Tensor:
     surfaces, and what is even as no photograph is.
 
     Args:
-        images: (B, 3, H, W) in [-1, 1].
+        images: (B, 3, H, W) in about [-1, 1], clamped first.
         amount: standard deviation of the grain, as a share of that of luma nearby and a little
             more; 0 leaves pictures as they are.
         seed: of the noise, 0 to 2**64 - 1. It is drawn on the CPU, for the same on every device.
 
     Returns:
-        (B, 3, H, W), not clamped.
+        (B, 3, H, W), not clamped again.
     """
     if amount == 0:
         return images
+    images = images.clamp(-1, 1)
     luma = images.mean(1, keepdim=True)
-    variance = _local_mean(luma.square()) - _local_mean(luma).square()
+    variance = local_mean(luma.square(), _SIDE) - local_mean(luma, _SIDE).square()
     strength = amount * (variance.clamp_min(0).sqrt() + _FLOOR)
     generator = torch.Generator().manual_seed(seed ^ _OTHER_STREAM)
     noise = torch.randn(luma.shape, generator=generator).to(images)
     return images + strength * _soften(noise)
-
-
-def _local_mean(pictures: Tensor) -> Tensor:
-    return F.avg_pool2d(pictures, _SIDE, stride=1, padding=_SIDE // 2, count_include_pad=False)
 
 
 def _soften(noise: Tensor) -> Tensor:

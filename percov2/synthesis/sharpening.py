@@ -15,14 +15,27 @@ _SIDE = 5
 a little better than 3 and as good as 7; see docs/training.md."""
 
 
-def check_sharpness(amount: float) -> None:
-    """Refuse an amount that `sharpen` does not take.
+def check_amount(name: str, amount: float) -> None:
+    """Refuse an amount of sharpness, of grain or of guidance that there cannot be.
 
     Raises:
         ValueError: negative, infinite or not a number.
     """
     if not 0 <= amount < math.inf:
-        raise ValueError(f"sharpness is {amount}: it must be at least 0 and finite")
+        raise ValueError(f"{name} is {amount}: it must be at least 0 and finite")
+
+
+def local_mean(images: Tensor, side: int) -> Tensor:
+    """Means of squares around each pixel, of what there is of them at the border.
+
+    Args:
+        images: (B, C, H, W).
+        side: of the squares in pixels, odd.
+
+    Returns:
+        (B, C, H, W).
+    """
+    return F.avg_pool2d(images, side, stride=1, padding=side // 2, count_include_pad=False)
 
 
 def sharpen(images: Tensor, amount: float) -> Tensor:
@@ -41,5 +54,4 @@ def sharpen(images: Tensor, amount: float) -> Tensor:
     """
     if amount == 0:  # most models': a large picture need not be in memory thrice for it
         return images
-    means = F.avg_pool2d(images, _SIDE, stride=1, padding=_SIDE // 2, count_include_pad=False)
-    return images.lerp(means, -amount)
+    return images.lerp(local_mean(images, _SIDE), -amount)
