@@ -15,6 +15,7 @@ Shape legend: B batch, H and W rows and columns of pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from percov2.analysis.autoencoder import Autoencoder
 from percov2.efficientnet import EfficientNetLite
+from percov2.synthesis.grain import add_grain
+from percov2.synthesis.sharpening import sharpen
 from percov2.training.checkpoint_weights import read_weights
 from percov2.training.checkpointing import compare_shapes, shapes_of
 from percov2.training.enlarger import Enlarger
@@ -214,18 +217,22 @@ class Adversary(nn.Module):
             compare_shapes(checkpoint, shapes_of(found), expected, stage="discriminator")
             module.load_state_dict(found)
 
-    def forward(self, painted: Tensor, original: Tensor, prediction: Tensor) -> AdversarialLosses:
+    def forward(
+        self, painted: Tensor, shown: Tensor, original: Tensor, prediction: Tensor
+    ) -> AdversarialLosses:
         """To the losses; gradients as `AdversarialLosses` says.
 
         Args:
-            painted: (B, 3, H, W) in [-1, 1].
+            painted: (B, 3, H, W) in [-1, 1]; pixels, layout, pattern and what enlarged pictures
+                say are those of it.
+            shown: the same, see `as_shown`; all else is judged by it.
             original: likewise.
             prediction: stage 1's of the latents, (B, C, H / 8, W / 8).
         """
         with torch.no_grad():
             real = [_edges(original), *self._features(original)]
             last = self._last(real[-1])
-        fake = [_edges(painted), *self._features(painted)]
+        fake = [_edges(shown), *self._features(shown)]
         frechet = self.frechet(self._last(fake[-1]), last)
         # In units of the batch's originals: no level, and no channel, drowns the others.
         units = [torch.std_mean(level, dim=(0, 2, 3), keepdim=True) for level in real]
@@ -241,13 +248,13 @@ class Adversary(nn.Module):
         self.heads.requires_grad_(False)
         realism = -torch.stack([opinion.mean() for opinion in self._opinions(fake)]).mean()
         self.heads.requires_grad_(True)
-        texture, patches = self._texture(painted, original, prediction.detach())
+        texture, patches = self._texture(shown, original, prediction.detach())
         detached = [level.detach() for level in fake]
         return AdversarialLosses(
             pixels=F.mse_loss(painted, original),
             layout=F.mse_loss(F.avg_pool2d(painted, LAYOUT), F.avg_pool2d(original, LAYOUT)),
             pattern=pattern_distance(painted, original),
-            detail=detail_distance(painted, original),
+            detail=detail_distance(shown, original),
             enlarged=self._enlarged(painted),
             features=features,
             frechet=frechet,
@@ -314,6 +321,33 @@ class Adversary(nn.Module):
 
     def _opinions(self, levels: list[Tensor]) -> list[Tensor]:
         return [head(level) for head, level in zip(self.heads, levels, strict=True)]
+
+
+def as_shown(
+    painted: Tensor, *, sharpness: float, grain: float, draws: Sequence[torch.Generator]
+) -> Tensor:
+    """Painted pictures as the decoder shows them, sharpened and with grain, to be judged so.
+
+    Detail that sharpening strengthens need not be painted as strong as it is to be, which squared
+    error would punish; what the grain covers need not be painted at all. The grain has no
+    gradient: it is not the painter's to lower.
+
+    Args:
+        painted: (B, 3, H, W) in [-1, 1].
+        sharpness: see `percov2.synthesis.sharpening.sharpen`.
+        grain: see `percov2.synthesis.grain.add_grain`.
+        draws: of the seed of each picture's grain, B of them.
+
+    Returns:
+        (B, 3, H, W), not clamped.
+    """
+    pictures = sharpen(painted, sharpness)
+    if grain == 0:
+        return pictures
+    plain = pictures.detach().clamp(-1, 1)
+    seeds = [int(torch.randint(2**63 - 1, (), generator=draw)) for draw in draws]
+    pairs = zip(torch.split(plain, 1), seeds, strict=True)
+    return pictures + torch.cat([add_grain(x, grain, seed=seed) - x for x, seed in pairs])
 
 
 def _hinge(opinions: list[Tensor], sign: int) -> Tensor:

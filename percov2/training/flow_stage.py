@@ -21,7 +21,7 @@ from percov2.synthesis.sampler import Tiling, sample
 from percov2.synthesis.text_conditioner import TextCondition, TextConditioner
 from percov2.token_chooser import TokenChooser
 from percov2.training.adaptation import Adaptation
-from percov2.training.adversary import Adversary
+from percov2.training.adversary import Adversary, as_shown
 from percov2.training.autoencoder_stage import psnr
 from percov2.training.batches import image_of, latents_of
 from percov2.training.flow_start import FlowStart
@@ -69,8 +69,8 @@ class FlowStage(L.LightningModule):
         train_text_encoders: whether the text encoders learn (tiny ones must, SD3's must not).
         default_steps: stored with the model.
         default_guidance: stored with the model.
-        sharpness: stored with the model; nothing is trained by it.
-        grain: likewise.
+        sharpness: stored with the model; an adversary judges pictures that are sharpened so.
+        grain: likewise, with this grain.
         cached_text: whether the data bring the text of their captions (a cache). The text encoders
             are then not loaded until the model is exported.
         gradient_checkpointing: compute the transformer's activations anew in the backward pass:
@@ -296,7 +296,11 @@ class FlowStage(L.LightningModule):
         """The flow's loss, and what LPIPS and adversary say of the painted pictures."""
         loss = flow
         if self.adversary is not None:
-            found = self.adversary(painted, image_of(batch, needed_by="adversary"), prediction)
+            draws = sample_generators(self.seed, self.global_step, batch["key"], purpose="grain")
+            sharpness, grain = self.config.sharpness, self.config.grain
+            shown = as_shown(painted, sharpness=sharpness, grain=grain, draws=draws)
+            original = image_of(batch, needed_by="adversary")
+            found = self.adversary(painted, shown, original, prediction)
             for name, value in found._asdict().items():
                 self.log(f"train/{name}", value)
             loss = self.adversary.total(flow, found)

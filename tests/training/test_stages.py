@@ -105,6 +105,8 @@ def flow_stage(
     rate_weight: float = 0.0,
     color_weight: float = 0.0,
     latent_weight: float = 0.0,
+    sharpness: float = 0.0,
+    grain: float = 0.0,
 ) -> FlowStage:
     save_tiny(directory, from_prediction=from_prediction)
     flow = Flow(shift=3.0, from_prediction=from_prediction, sigma=0.5 if from_prediction else 1.0)
@@ -129,6 +131,8 @@ def flow_stage(
         rate_weight=rate_weight,
         color_weight=color_weight,
         latent_weight=latent_weight,
+        sharpness=sharpness,
+        grain=grain,
     ).train()
     stage.on_train_start()
     return stage
