@@ -106,8 +106,8 @@ $(call trained,tiny-low/stage1): | $(call trained,tiny/autoencoder)
 	$(call fit,stage1 low/stage1)
 $(call trained,tiny-low/masked): | $(call trained,tiny-low/stage1)
 	$(call fit,stage1 low/stage1 masked low/masked)
-$(call trained,tiny-low/adversarial): | $(call trained,tiny-low/masked) $(call trained,tiny/adversarial)
-	$(call fit,stage2 adversarial low/adversarial)
+$(call trained,tiny-low/adversarial): | $(call trained,tiny-low/masked) $(call trained,tiny/settle)
+	$(call fit,stage2 adversarial joint settle low/adversarial)
 
 # $(call evaluate,DATA,OUTPUT,CAPTIONS): up to the models and competitors.
 evaluate = $(BIN)/percov2 evaluate --data $(1) --output $(2) $(if $(3),--captions $(3)) \

@@ -95,9 +95,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, training_data: Path) -> Ru
     start = f"--vars.start={run.model('joint')}"
     overlays = [*adversarial, "joint.yaml", "settle.yaml"]
     run.fit(overlays, "settle", 2, tokenizer, start, run.discriminator("joint"))
-    adversarial.append("low/adversarial.yaml")
+    overlays.append("low/adversarial.yaml")
     tokenizer = f"--vars.tokenizer={run.model('s1-low')}"
-    run.fit(adversarial, "adv-low", 2, tokenizer, f"--vars.start={run.model('adv')}")
+    run.fit(overlays, "adv-low", 2, tokenizer, f"--vars.start={run.model('settle')}")
     return run
 
 
