@@ -68,6 +68,18 @@ def _decode(codec: Codec, data: bytes) -> str:
     return "decoded"
 
 
+def _timed_decode(codec: Codec, data: bytes) -> tuple[str, float]:
+    """What happened, and the seconds of CPU time that it took."""
+    start = time.process_time()
+    outcome = _decode(codec, data)
+    return outcome, time.process_time() - start
+
+
+def _limit(outcome: str) -> float:
+    """Seconds that a stream may take."""
+    return MAX_SECONDS_TO_DECODE if outcome == "decoded" else MAX_SECONDS_TO_FAIL
+
+
 def run(*, count: int, seed: int, progress: Callable[[int], None] | None = None) -> Report:
     """Decode mutated streams.
 
@@ -90,20 +102,19 @@ def run(*, count: int, seed: int, progress: Callable[[int], None] | None = None)
         data = mutate(rng, corpus)
         own = int.from_bytes(data[4:6], "big")
         codec = codecs[own] if own in codecs else codecs[manifest[0].model_id]
-        start = time.process_time()
         try:
-            outcome = _decode(codec, data)
+            outcome, seconds = _timed_decode(codec, data)
+            if seconds > _limit(outcome):
+                # A slow moment of the machine is not the stream's doing: its own cost comes twice.
+                seconds = min(seconds, _timed_decode(codec, data)[1])
         except Exception as error:
             raise FaultError(f"stream {i} of seed {seed}: {error!r}: {data.hex()}") from error
-        seconds = time.process_time() - start
         report.memory = _largest_size() - before
         if outcome == "decoded":
             report.slowest_decoding = max(report.slowest_decoding, seconds)
-            limit = MAX_SECONDS_TO_DECODE
         else:
             report.slowest_failure = max(report.slowest_failure, seconds)
-            limit = MAX_SECONDS_TO_FAIL
-        if seconds > limit or report.memory > MAX_BYTES:
+        if seconds > _limit(outcome) or report.memory > MAX_BYTES:
             raise FaultError(
                 f"stream {i} of seed {seed} took {seconds:.2f} s and {report.memory} bytes "
                 f"({outcome}): {data.hex()}"
