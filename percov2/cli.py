@@ -361,7 +361,9 @@ def _check_paths(args: argparse.Namespace, suffix: str) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     description = info(args.input.read_bytes(), model=args.model)
-    print(json.dumps(description) if args.json else _describe(description))
+    print(
+        json.dumps(description) if args.json else f"{_describe(description)}\n{description['note']}"
+    )
     return 0
 
 

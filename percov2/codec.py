@@ -218,8 +218,8 @@ class Codec:
             color_weight: similarity that an error of the decoded colour is worth; 0 ignores it,
                 None is the model's default. See there.
             latent_weight: similarity that an error of the decoded latents is worth; 0 spares the
-                search for tokens that decode well, which takes a third of the encoder's time; None
-                is the model's default. See there.
+                search for tokens that decode well, two fifths of the encoder's time; None is the
+                model's default. See there.
             uniform: code the tokens without the masked model (portable mode): larger, and
                 decodable with the codebook alone. Bits are ignored.
 

@@ -159,6 +159,7 @@ def test_info_for_people(stream: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "96x64" in text
     assert f"{stream.stat().st_size} bytes" in text
     assert "'a b'" in text
+    assert "Detail is generated" in text
 
 
 def test_a_folder_with_a_bad_file_does_the_rest_and_exits_1(

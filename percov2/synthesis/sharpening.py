@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 _SIDE = 5
 """Of the squares whose means count as the picture without detail. By features of two networks 5 is
-a little better than 3 and as good as 7; see docs/training.md."""
+a little better than 3 and as good as 7; see docs/experiments.md."""
 
 
 def check_amount(name: str, amount: float) -> None:
