@@ -27,6 +27,8 @@ export PERCOV2_DATA="${PERCOV2_DATA:-}"
 # Runs go to the folder `runs` of the repository: make that a link if they belong on another disk.
 
 # --- Threads and network --------------------------------------------------------------------------
+# With an optimiser in the main memory (configs/strategy/zero3_offload.yaml) the step runs on the CPUs:
+# as many as --cpus-per-task of fit.sbatch, 8, make it several times as fast.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # The network interface between the nodes, when NCCL or gloo picks the wrong one.
 # export NCCL_SOCKET_IFNAME=ib0

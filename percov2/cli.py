@@ -7,6 +7,7 @@ some files failed ends with exit code 1. Heavy imports happen when a command nee
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -14,6 +15,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from PIL import Image
 
 from percov2 import __version__
 from percov2.bitstream import Stream, is_intact
@@ -46,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = _parser().parse_args(argv)
     logging.basicConfig(format="percov2: %(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A caption or a file's name that the terminal's encoding lacks is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Pillow warns of pictures over its own limit, which `read_image` refuses in a line of its own.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     # A dependency of a dependency still uses torch.jit; a user of the codec cannot mend that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit.*")
     try:
@@ -398,18 +406,19 @@ def _run_folder(
         raise ValueError(f"folder {args.input} holds no file that this command reads")
     results: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
-    written: dict[Path, Path] = {}
+    written: dict[tuple[int, int] | None, Path] = {}
     for source in tqdm(sources, unit="image", disable=None):
         target = args.output / source.relative_to(args.input).with_suffix(suffix)
         try:
-            if target in written:
-                raise ValueError(f"{written[target]} has taken the output {target}: rename one")
+            earlier = written.get(_identity(target))
+            if earlier is not None:
+                raise ValueError(f"{earlier} has taken the output {target}: rename one")
             target.parent.mkdir(parents=True, exist_ok=True)
             result = one(source, target)
         except _REPORTED as error:
             failures.append({"input": str(source), "error": one_line(error)})
             continue
-        written[target] = source
+        written[_identity(target)] = source
         results.append({"input": str(source), "output": str(target), **result})
     if args.json:
         print(json.dumps({"files": results, "failures": failures}))
@@ -421,6 +430,14 @@ def _run_folder(
     if failures:
         print(f"percov2: {len(failures)} of {len(sources)} files failed", file=sys.stderr)
     return EXIT_SOME_FAILED if failures else 0
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """The file behind a path, if any: some file systems do not tell a.pcv2 from A.pcv2."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _describe(description: dict[str, Any]) -> str:

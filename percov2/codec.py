@@ -25,6 +25,8 @@ latent rows and columns, r and c token rows and columns.
 from __future__ import annotations
 
 import logging
+import operator
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +62,11 @@ from percov2.synthesis.sharpening import check_amount, sharpen
 from percov2.token_chooser import TokenChooser
 
 logger = logging.getLogger("percov2")
+
+_LOADING = threading.Lock()
+"""diffusers and transformers change torch's globals while they load."""
+_OFFLOADING = threading.Lock()
+"""Reentry by one thread does not happen: text encoders and transformer take turns."""
 
 MAX_SAMPLING_STEPS = 1000
 ImageInput = Image.Image | NDArray[np.uint8] | str | Path
@@ -144,12 +151,13 @@ class Codec:
         if torch_dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16 or float16")
         directory = resolve_model(model)
-        components = CodecComponents.load(directory, dtype=torch_dtype)
+        with _LOADING:
+            components = CodecComponents.load(directory, dtype=torch_dtype)
         try:
             return cls(
                 components, device=device, offload=offload, captioner=captioner, source=directory
             )
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -386,7 +394,7 @@ class Codec:
         """
         steps = self.config.default_steps if steps is None else steps
         guidance = self.config.default_guidance if guidance is None else guidance
-        seed = zlib.crc32(data) if seed is None else seed
+        seed = zlib.crc32(data) if seed is None else operator.index(seed)
         sharpness = self.config.sharpness if sharpness is None else sharpness
         grain = self.config.grain if grain is None else grain
         check_sampling(steps=steps, guidance=guidance, seed=seed, sharpness=sharpness, grain=grain)
@@ -464,8 +472,11 @@ class Codec:
             torch.from_numpy(tokens)[None].to(self.device)
         )
         condition, prediction = parts.latent_decoder.condition(features)
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(prediction.shape, generator=generator).to(self.device)
+        # On the CPU and in float32, whatever torch's defaults: the same file, the same picture.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(
+            prediction.shape, generator=generator, device="cpu", dtype=torch.float32
+        ).to(self.device)
         # Text encoders may be the slowest part: none runs for a caption that guidance leaves out.
         captions = {0.0: [""], 1.0: [caption]}.get(guidance, ["", caption])
         with self._in_use(self.components.text_conditioner) as encoder:
@@ -485,11 +496,12 @@ class Codec:
         if not self.offload:
             yield module
             return
-        module.to(self.device)
-        try:
-            yield module
-        finally:
-            module.to("cpu")
+        with _OFFLOADING:  # or another thread would take it away
+            module.to(self.device)
+            try:
+                yield module
+            finally:
+                module.to("cpu")
 
 
 def _velocity(flow: Flow, transformer: Any, text: Tensor, pooled: Tensor) -> Velocity:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import stat
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,7 +88,7 @@ def read_image(path: Path) -> tuple[Image.Image, list[str]]:
     if status.st_size == 0:
         raise ValueError(f"{path}: the file is empty, fetch it again")
     with _named_damage(path):
-        picture = _open(path)
+        picture = Image.open(path, formats=READABLE_FORMATS)
     with picture:
         try:
             check_size(*picture.size)
@@ -182,13 +181,6 @@ def _named_damage(path: Path) -> Iterator[None]:
             f"{path}: cannot be decoded as a picture ({one_line(error)}): "
             "damaged or truncated, fetch it again or save it anew"
         ) from error
-
-
-def _open(path: Path) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow only warns about pictures of one to two times its own limit; both exceed ours.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path, formats=READABLE_FORMATS)
 
 
 def _load_first_frame(image: Image.Image) -> bool:

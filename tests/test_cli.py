@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 import percov2
+from percov2 import cli
 from percov2.cli import main
 
 
@@ -185,6 +187,34 @@ def test_a_folder_with_a_bad_file_does_the_rest_and_exits_1(
     assert sorted(p.name for p in streams.rglob("*") if p.is_file()) == ["a.pcv2", "b.pcv2"]
     assert main(["decompress", str(streams), str(pictures), "--steps", "1", *model]) == 0
     assert (pictures / "deep" / "b.png").is_file()
+
+
+def test_names_that_the_file_system_does_not_tell_apart_are_not_overwritten(
+    tmp_path: Path,
+    photograph: Image.Image,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, streams = tmp_path / "in", tmp_path / "streams"
+    source.mkdir()
+    photograph.save(source / "Photo.jpg")
+    photograph.save(source / "photo.png")
+    monkeypatch.setattr(cli, "_identity", lambda path: path.name.casefold())
+    assert main(["compress", str(source), str(streams), "--model", str(tiny_model)]) == 1
+    assert "Photo.jpg has taken the output" in capsys.readouterr().err
+    assert [path.name for path in streams.iterdir()] == ["Photo.pcv2"]
+
+
+def test_what_the_terminal_cannot_print_is_escaped(
+    picture: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="cp1252"))
+    command = ["compress", str(picture), str(tmp_path / "s.pcv2"), "--model", str(tiny_model)]
+    assert main([*command, "--caption", "赤いドア"]) == 0
+    sys.stdout.flush()
+    assert rb"caption '\u8d64\u3044" in printed.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,6 +127,48 @@ def test_bytes_decode_in_a_fresh_process_to_the_tokens_that_were_encoded(
         check=True,
     )
     assert np.array_equal(np.load(tmp_path / "t.npy"), codec.encode_tokens(photograph))
+
+
+def test_streams_are_written_and_read_alike_under_autocast(
+    codec: Codec, photograph: Image.Image
+) -> None:
+    outside, tokens = codec.compress(photograph), codec.encode_tokens(photograph)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, rounded = codec.compress(photograph), codec.encode_tokens(photograph)
+        assert np.array_equal(codec.decode_tokens(outside), tokens)
+        assert codec.decompress(outside).size == photograph.size
+    assert np.array_equal(codec.decode_tokens(inside), rounded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_torch_change_nothing(
+    codec: Codec, photograph: Image.Image, dtype: torch.dtype
+) -> None:
+    data = codec.compress(photograph)
+    picture = np.asarray(codec.decompress(data, grain=0.1))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert codec.compress(photograph) == data
+        assert np.array_equal(np.asarray(codec.decompress(data, grain=0.1)), picture)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_models_are_loaded_by_several_threads_at_once(
+    codec: Codec, tiny_model: Path, photograph: Image.Image
+) -> None:
+    data = codec.compress(photograph)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(percov2.load, [str(tiny_model)] * 8))
+    assert all(other.compress(photograph) == data for other in loaded)
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+
+
+def test_the_seed_may_be_numpys(codec: Codec, photograph: Image.Image) -> None:
+    data = codec.compress(photograph)
+    picture = np.asarray(codec.decompress(data, seed=3))
+    assert np.array_equal(np.asarray(codec.decompress(data, seed=np.int64(3))), picture)
 
 
 @pytest.mark.parametrize("steps", [1, 2])

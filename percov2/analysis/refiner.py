@@ -68,6 +68,7 @@ class Refiner(nn.Module):
 def _noise(like: Tensor) -> Tensor:
     """Standard normal (B, NOISE_CHANNELS, rows and columns as of ``like``), always the same."""
     # Drawn on the CPU: a GPU has another generator, and the same file should look the same.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     shape = like.shape[0], NOISE_CHANNELS, *like.shape[2:]
-    return torch.randn(shape, generator=generator).to(like)
+    drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    return drawn.to(like)

@@ -144,13 +144,19 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, tokens: Tensor) -> None:
-        """One EMA step from vectors (N, d) and their tokens (N,), over all processes."""
+        """One EMA step from vectors (N, d) and their tokens (N,), over all processes.
+
+        Nothing changes if a vector is not finite.
+        """
         size, decay = self.codebook_size, self.config.decay
         counts = torch.bincount(tokens, minlength=size).float()
         sums = torch.zeros_like(self.ema_sums).index_add_(0, tokens, vectors)
         if _distributed():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
+        # The averages would never forget such a batch. All processes have the same sums.
+        if not sums.isfinite().all():
+            return
         self.ema_counts.mul_(decay).add_(counts, alpha=1 - decay)
         self.ema_sums.mul_(decay).add_(sums, alpha=1 - decay)
         self.codebook.copy_(F.normalize(self.ema_sums, dim=1))

@@ -22,12 +22,15 @@ Shape legend: as in `masked_transformer`; M visible tokens, W windows.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +61,8 @@ _ACTIVATION_MAX = int(ACTIVATION_RANGE * 2**ACTIVATION_BITS) - 1
 _HIDDEN_MAX = int(HIDDEN_RANGE * 2**HIDDEN_BITS) - 1
 _SCORE_MAX = 2**14
 _EXACT = {torch.float32: 2**24, torch.float64: 2**53}
+_FPMATH_MODES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+"""Environment variables, the new one and the old, by which oneDNN rounds float32 on some CPUs."""
 _LARGEST_SHIFT = 15
 _ATTENTION_ELEMENTS = 2**24
 """Scores that are held at a time: large grids are attended to a few windows at a time."""
@@ -88,9 +93,21 @@ def _isqrt(value: Tensor) -> Tensor:
     return root + above.long()
 
 
+def _float32_may_be_rounded() -> bool:
+    """Whether a setting of this process lets float32 products on a CPU be computed with fewer bits.
+
+    ``torch.set_float32_matmul_precision("medium")``, which Lightning recommends, is one of them.
+    """
+    # Its module is replaced by an object that type checkers do not see.
+    backend: Any = torch.backends.mkldnn
+    if backend.matmul.fp32_precision not in ("none", "ieee"):
+        return True
+    return any(os.environ.get(name, "STRICT").upper() != "STRICT" for name in _FPMATH_MODES)
+
+
 def _to_integers(values: Tensor, bits: int, largest: int) -> Tensor:
     """Floats to integers of unit 2^-bits, float64; exact but for the rounding."""
-    integers: Tensor = (values.detach().double() * 2**bits).round()
+    integers: Tensor = (values.detach().cpu().double() * 2**bits).round()
     return integers.clamp(-largest, largest)
 
 
@@ -124,7 +141,7 @@ class _Projection:
         Raises:
             ValueError: weights too large for any unit.
         """
-        weight, bias = linear.weight.detach().double(), linear.bias.detach().double()
+        weight, bias = (w.detach().cpu().double() for w in (linear.weight, linear.bias))
         chosen_weight, chosen_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         shift = torch.full_like(bias, -1)
         for weight_bits in range(_LARGEST_SHIFT, bits_out - bits_in - 1, -1):
@@ -148,8 +165,8 @@ class _Projection:
         """(..., in) to (..., out)."""
         return F.linear(x, self.weight, self.bias).mul_(self.scale).round_()
 
-    def to(self, device: torch.device) -> _Projection:
-        return _Projection(*(t.to(device) for t in (self.weight, self.bias, self.scale)))
+    def to(self, device: torch.device, dtype: torch.dtype) -> _Projection:
+        return _Projection(*(t.to(device, dtype) for t in (self.weight, self.bias, self.scale)))
 
     def named(self, prefix: str) -> dict[str, Tensor]:
         # 2^-shift is a half times 2 to the power of 1 - shift.
@@ -198,13 +215,13 @@ class _Layer:
             offset=attention.offset,
         )
 
-    def to(self, device: torch.device) -> _Layer:
+    def to(self, device: torch.device, dtype: torch.dtype) -> _Layer:
         return _Layer(
-            qkv=self.qkv.to(device),
-            out=self.out.to(device),
-            mlp_in=self.mlp_in.to(device),
-            mlp_out=self.mlp_out.to(device),
-            position_bias=self.position_bias.to(device),
+            qkv=self.qkv.to(device, dtype),
+            out=self.out.to(device, dtype),
+            mlp_in=self.mlp_in.to(device, dtype),
+            mlp_out=self.mlp_out.to(device, dtype),
+            position_bias=self.position_bias.to(device, dtype),
             offset=self.offset,
         )
 
@@ -218,10 +235,13 @@ class _Layer:
 class IntegerTransformer:
     """`MaskedTransformer` as integers; gives frequencies for the range coder.
 
+    No setting of the process around it changes them: autocast is left aside, and where float32
+    products on the CPU may be rounded, float64 carries the integers.
+
     Args:
         model: float model. Its weights are rounded to integers once, in a way that gives the
             same integers everywhere.
-        device: where to compute.
+        device: where to compute; the CPU in place of ``mps``, which has no float64.
         dtype: carrier of the integers, float32 or float64; None is float32 on the CPU and
             float64 elsewhere, where no setting of TF32 or reduced precision applies.
 
@@ -242,6 +262,8 @@ class IntegerTransformer:
         self.window: int = config.window
         self.dim: int = config.dim
         self.device = torch.device(device)
+        if self.device.type == "mps":
+            self.device = torch.device("cpu")  # it has no float64
         if dtype is None:
             dtype = torch.float32 if self.device.type == "cpu" else torch.float64
         head_dim = self.dim // self.num_heads
@@ -256,7 +278,7 @@ class IntegerTransformer:
         self._rows = embedding(model.row_embedding.weight)
         self._cols = embedding(model.col_embedding.weight)
         self._layers = [
-            _Layer.of(block, f"blocks.{i}", dtype).to(self.device)
+            _Layer.of(block, f"blocks.{i}", dtype).to(self.device, dtype)
             for i, block in enumerate(model.blocks)
         ]
         self._head = _Projection.of(
@@ -266,9 +288,11 @@ class IntegerTransformer:
             largest_in=_ACTIVATION_MAX,
             bits_out=SCORE_BITS,
             dtype=dtype,
-        ).to(self.device)
+        ).to(self.device, dtype)
         self._attention_exp = torch.tensor(_exp_table(WEIGHT_BITS), dtype=dtype, device=self.device)
         self._head_exp = torch.tensor(_exp_table(20), dtype=torch.float64, device=self.device)
+        self._dtype = dtype
+        self._double: IntegerTransformer | None = None
 
     def integers(self) -> dict[str, NDArray[np.int64]]:
         """All that the frequencies depend on beside the numbers of heads and the window's side.
@@ -305,12 +329,35 @@ class IntegerTransformer:
         Yields:
             (n, V) for the next n tokens of the group, in row-major order, sample by sample.
         """
-        hidden = self._hidden(tokens.to(self.device), torch.from_numpy(groups <= k), groups == k)
+        exact = self._exact_carrier()
+        tokens = tokens.to(self.device)
+        # Not around the yield: whoever asks would then be without autocast, too.
+        with torch.autocast(self.device.type, enabled=False):
+            hidden = exact._hidden(tokens, torch.from_numpy(groups <= k), groups == k)
         chunk = max(1, _HEAD_ELEMENTS // self.codebook_size)
         hidden = hidden.flatten(0, 1)
         for first in range(0, len(hidden), chunk):
-            logits = self._head(hidden[first : first + chunk]).clamp_(-_SCORE_MAX, _SCORE_MAX)
-            yield self._frequencies(logits)
+            with torch.autocast(self.device.type, enabled=False):
+                frequencies = exact._frequencies(hidden[first : first + chunk])
+            yield frequencies
+
+    def _exact_carrier(self) -> IntegerTransformer:
+        """Itself, or the same integers in float64 while float32 might not be exact."""
+        lowered = self.device.type == "cpu" and self._dtype == torch.float32
+        if not (lowered and _float32_may_be_rounded()):
+            return self
+        if self._double is None:
+            self._double = self._carried_by(torch.float64)
+        return self._double
+
+    def _carried_by(self, dtype: torch.dtype) -> IntegerTransformer:
+        other = copy.copy(self)
+        other._dtype = dtype
+        for name in ("_tokens", "_mask", "_rows", "_cols", "_attention_exp"):
+            setattr(other, name, getattr(self, name).to(dtype))
+        other._layers = [layer.to(self.device, dtype) for layer in self._layers]
+        other._head = self._head.to(self.device, dtype)
+        return other
 
     def _hidden(
         self,
@@ -368,8 +415,9 @@ class IntegerTransformer:
         mixed.clamp_(-_ACTIVATION_MAX, _ACTIVATION_MAX)
         return mixed.transpose(2, 3).flatten(3)
 
-    def _frequencies(self, logits: Tensor) -> Frequencies:
-        """Logits (n, V) to frequencies: 1 each, the rest of `TOTAL` in proportion to exp."""
+    def _frequencies(self, hidden: Tensor) -> Frequencies:
+        """Activations (n, d) to frequencies (n, V): 1 each, the rest of `TOTAL` as exp(logit)."""
+        logits = self._head(hidden).clamp_(-_SCORE_MAX, _SCORE_MAX)
         below = logits.amax(-1, keepdim=True) - logits
         weight = _look_up(self._head_exp, below.clamp_(max=len(self._head_exp) - 1))
         # Quotients of integers below 2^53: rounding cannot lift one over the next integer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import socket
 import tempfile
 import warnings
@@ -22,6 +23,14 @@ _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 class AbsentError(Exception):
     """Something cannot be measured here; the text says why, in one line."""
+
+
+def _give(folder: Path, place: Path) -> None:
+    """Let a place stand for a folder; a copy where links are not allowed, as on Windows."""
+    try:
+        place.symlink_to(folder, target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, place)
 
 
 @contextmanager
@@ -45,7 +54,7 @@ def weights_from(folder: Path | None, what: str) -> Iterator[None]:
     forced = os.environ.get(_WEIGHTS_ONLY)
     with tempfile.TemporaryDirectory() as hub:
         if folder is not None:
-            (Path(hub) / "checkpoints").symlink_to(folder.resolve(), target_is_directory=True)
+            _give(folder.resolve(), Path(hub) / "checkpoints")
             torch.hub.set_dir(hub)
         socket.setdefaulttimeout(_SECONDS_TO_CONNECT)  # a host that swallows packets is no answer
         os.environ[_WEIGHTS_ONLY] = "1"

@@ -46,9 +46,9 @@ def add_grain(images: Tensor, amount: float, *, seed: int) -> Tensor:
     luma = images.mean(1, keepdim=True)
     variance = local_mean(luma.square(), _SIDE) - local_mean(luma, _SIDE).square()
     strength = amount * (variance.clamp_min(0).sqrt() + _FLOOR)
-    generator = torch.Generator().manual_seed(seed ^ _OTHER_STREAM)
-    noise = torch.randn(luma.shape, generator=generator).to(images)
-    return images + strength * _soften(noise)
+    generator = torch.Generator("cpu").manual_seed(seed ^ _OTHER_STREAM)
+    noise = torch.randn(luma.shape, generator=generator, device="cpu", dtype=torch.float32)
+    return images + strength * _soften(noise.to(images))
 
 
 def _soften(noise: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def image_of(batch: Batch, *, needed_by: str) -> Tensor:
 
 
 def latents_of(batch: Batch, autoencoder: Autoencoder) -> Tensor:
-    """Latents (B, C, h, w) of a batch: cached ones, or those of its pictures."""
+    """Latents (B, C, h, w) of a batch, float32: cached ones, or those of its pictures."""
     if "latents" in batch:
         return batch["latents"]
-    return autoencoder.encode(image_of(batch, needed_by="a batch without latents"))
+    # Under autocast they come in bfloat16, and noise, targets and times would follow: of the times
+    # above 0.5 only 128 would be left.
+    return autoencoder.encode(image_of(batch, needed_by="a batch without latents")).float()

@@ -70,10 +70,10 @@ class ShardRecord:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, renames; removes by renaming first.
+    """Writes beside the target, syncs, renames; reads memory-mapped; removes by renaming first.
 
-    The tensors stream into the file: no second copy of the model in memory. Paths with a protocol
-    (``s3://``) are left to Lightning.
+    The tensors stream into and out of the file: no second copy of the model in memory, and not one
+    per process. Paths with a protocol (``s3://``) are left to Lightning.
     """
 
     def save_checkpoint(
@@ -97,6 +97,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             sync(target.parent)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """The content of a checkpoint file; its tensors are read when they are used.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        if not is_local(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        state: dict[str, Any] = torch.load(
+            path, map_location=map_location, mmap=True, weights_only=weights_only
+        )
+        return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint; a sharded one, a folder, first loses its name."""

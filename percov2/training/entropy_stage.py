@@ -254,8 +254,10 @@ class EntropyStage(L.LightningModule):
         # The same on all processes; Lightning warns of what is not synchronised.
         bits = 8 * size / int(counts.sum())
         self.log("val/bits_per_token", bits, prog_bar=True, sync_dist=True)
-        self.log("val/zero_order_entropy", entropy.float(), sync_dist=True)
-        self.log("val/codes_used", (counts > 0).sum().float(), sync_dist=True)
+        # Lightning reduces a value where it lies, and NCCL knows no main memory.
+        used = (counts > 0).sum()
+        self.log("val/zero_order_entropy", entropy.float().to(self.device), sync_dist=True)
+        self.log("val/codes_used", used.float().to(self.device), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with a parameter group, and a schedule, per phase."""

@@ -264,6 +264,7 @@ def measure_sizes(setup: StageSetup) -> Sizes:
     total = sd3_reference.parameter_count(transformer)
     others = sd3_reference.frozen_parts()
     text = 0 if setup.cached_text else others.clip + (others.t5 if setup.use_t5 else 0)
+    text_bytes = 0 if setup.cached_text else others.text_bytes(use_t5=setup.use_t5)
     trained_values = (
         own
         + (setup.tokenizer if setup.train_tokenizer else 0)
@@ -274,7 +275,7 @@ def measure_sizes(setup: StageSetup) -> Sizes:
     return Sizes(
         trained=trained_values,
         frozen=values - trained_values,
-        weight_bytes=4 * (values - text) + sd3_reference.STORED_BYTES * text,
+        weight_bytes=4 * (values - text) + text_bytes,
         table_bytes=4 * sum(buffer.numel() for buffer in transformer.buffers()),
         transformer=total,
         largest_layer=max(

@@ -136,7 +136,7 @@ def build_optimizer(*phases: Phase, strategy: Strategy | None = None) -> dict[st
     if len(names) != 1:
         raise ValueError(f"phases name the optimisers {sorted(names)}: choose one for all")
     name = names.pop()
-    _check_device(name, {p.device.type for group in groups for p in group["params"]})
+    _check_eight_bits(name, {p.device.type for group in groups for p in group["params"]}, strategy)
     _check_offload(name, strategy)
     optimizer = _make(name, groups)
     scheduler = LambdaLR(optimizer, [phase.factor for phase in phases])
@@ -155,8 +155,16 @@ def _zero_config(strategy: Strategy | None) -> dict[str, Any]:
     return zero
 
 
-def _check_device(name: OptimizerName, devices: set[str]) -> None:
-    if name == "adamw_8bit" and devices != {"cuda"}:
+def _check_eight_bits(name: OptimizerName, devices: set[str], strategy: Strategy | None) -> None:
+    if name != "adamw_8bit":
+        return
+    if isinstance(strategy, DeepSpeedStrategy):
+        # DeepSpeed cuts and pads moments as it does weights; whether these bear it is not known.
+        raise ValueError(
+            "optimizer 'adamw_8bit' does not go with DeepSpeed, which divides the moments among "
+            "the processes: choose 'adamw', or configs/strategy/ddp.yaml"
+        )
+    if devices != {"cuda"}:
         raise ValueError(
             f"optimizer 'adamw_8bit' runs on a CUDA GPU only, the weights are on "
             f"{', '.join(sorted(devices))}: choose 'adamw'"
@@ -191,4 +199,8 @@ def _make(name: OptimizerName, groups: list[dict[str, Any]]) -> Any:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True)
-    return AdamW(groups, fused=True if name == "adamw_fused" else None)
+    optimizer = AdamW(groups, fused=True if name == "adamw_fused" else None)
+    # The fused one offers to divide by a gradient scaler's factor, for which Lightning refuses to
+    # clip its gradients, whether there is a scaler (float16) or none (bfloat16).
+    optimizer._step_supports_amp_scaling = False
+    return optimizer

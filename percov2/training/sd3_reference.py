@@ -117,7 +117,7 @@ TEXT_LENGTH = 77 + 256
 """Text tokens that the transformer attends to: CLIP's and T5's (zeros where T5 is left out)."""
 
 STORED_BYTES = 2
-"""Bytes per weight in the published files, float16 or bfloat16."""
+"""Bytes per weight in the published files, float16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,11 +128,20 @@ class FrozenParts:
         autoencoder: of SD3's autoencoder.
         clip: of both CLIP text encoders.
         t5: of T5's encoder.
+        t5_widened: those of them that transformers loads in float32 from files in float16, in
+            which they would overflow.
     """
 
     autoencoder: int
     clip: int
     t5: int
+    t5_widened: int
+
+    def text_bytes(self, *, use_t5: bool) -> int:
+        """Of the text encoders' weights, loaded as they are stored."""
+        if not use_t5:
+            return STORED_BYTES * self.clip
+        return STORED_BYTES * (self.clip + self.t5) + (4 - STORED_BYTES) * self.t5_widened
 
 
 def transformer_config(model: str) -> dict[str, Any]:
@@ -177,9 +186,24 @@ def build_text_encoders() -> list[nn.Module]:
 
 def frozen_parts() -> FrozenParts:
     """Count the parameters of autoencoder and text encoders."""
-    clip_l, clip_g, t5 = (parameter_count(encoder) for encoder in build_text_encoders())
+    encoders = build_text_encoders()
+    clip_l, clip_g, t5 = (parameter_count(encoder) for encoder in encoders)
     return FrozenParts(
-        autoencoder=parameter_count(build_autoencoder()), clip=clip_l + clip_g, t5=t5
+        autoencoder=parameter_count(build_autoencoder()),
+        clip=clip_l + clip_g,
+        t5=t5,
+        t5_widened=widened_count(encoders[2]),
+    )
+
+
+def widened_count(encoder: nn.Module) -> int:
+    """Values of the layers that transformers keeps in float32 when it loads float16."""
+    widened = encoder._keep_in_fp32_modules
+    assert isinstance(widened, set)
+    return sum(
+        parameter_count(module)
+        for name, module in encoder.named_modules()
+        if name.rpartition(".")[2] in widened
     )
 
 

@@ -165,6 +165,18 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.zero_stage == 3:
             self._skeleton = _without_weights(self.lightning_module)
         super().setup(trainer)
+        if self.zero_stage < 3:
+            self._save_frozen_weights_once()
+
+    def _save_frozen_weights_once(self) -> None:
+        """In a checkpoint, frozen weights are the module's, and once more for `zero_to_fp32`.
+
+        DeepSpeed copies them to the main memory for that, on every process, and the file gets
+        both. What shares its memory is written once.
+        """
+        engine = self.deepspeed_engine
+        assert hasattr(engine, "_get_param_fragment_func"), "DeepSpeed has renamed it"
+        engine._get_param_fragment_func = Tensor.detach
 
     def _format_config(self) -> None:
         assert isinstance(self.config, dict)

@@ -97,6 +97,18 @@ def test_features_get_the_gradient_as_if_nothing_were_quantised() -> None:
     torch.testing.assert_close(quantised.grad, plain.grad)
 
 
+def test_features_that_are_not_finite_leave_the_codebook_alone() -> None:
+    quantizer, features = make_quantizer().train(), make_features(1)
+    quantizer(features)
+    before = buffers(quantizer)
+    features[0, 0, 0, 0] = torch.nan
+    quantizer(features)
+    for name, buffer in buffers(quantizer).items():
+        assert torch.equal(buffer, before[name]), name
+    quantizer(make_features(2))
+    assert not torch.equal(quantizer.codebook, before["codebook"])
+
+
 def test_tokens_that_were_chosen_otherwise_are_taken_instead_of_the_nearest() -> None:
     quantizer = make_quantizer(decay=0.8).train()
     features = make_features(1).requires_grad_()

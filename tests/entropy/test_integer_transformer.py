@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from percov2.cli import main
 from percov2.entropy import integer_transformer, self_test
@@ -80,6 +81,16 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def float32_rounded() -> Iterator[None]:
+    """What Lightning recommends for training; it matters on CPUs with products of bfloat16."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(("schedule", "rows", "cols"), CASES)
 def test_frequencies_are_those_of_the_reference_in_every_setting(
     schedule: str, rows: int, cols: int
@@ -99,6 +110,8 @@ def test_frequencies_are_those_of_the_reference_in_every_setting(
             "deterministic": (single, deterministic()),
             "no oneDNN": (single, torch.backends.mkldnn.flags(enabled=False)),
             "oneDNN": (single, torch.backends.mkldnn.flags(enabled=True)),
+            "autocast": (single, torch.autocast("cpu", torch.bfloat16)),
+            "float32 rounded": (single, float32_rounded()),
         }
         for name, (model, setting) in settings.items():
             with setting:
@@ -110,6 +123,46 @@ def test_frequencies_are_those_of_the_reference_in_every_setting(
         last = predict(double, tokens[-1:], groups, k)
         np.testing.assert_array_equal(together[-len(expected) :], last)
         assert together.shape == (len(tokens) * len(expected), V)
+
+
+@contextmanager
+def fpmath_mode(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv(name, "bf16")
+        yield
+
+
+@pytest.mark.parametrize(
+    "setting", ["medium", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"]
+)
+def test_float64_carries_where_float32_may_be_rounded(
+    monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """On most machines the frequencies would not tell: what multiplies is looked at."""
+    carriers = []
+    linear = F.linear
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        carriers.append((x.dtype, weight.dtype, bias.dtype))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", watched)
+    groups, tokens = make_schedule("quincunx", 6, 9), make_tokens(6, 9)
+    model = IntegerTransformer(make_model())
+    expected = predict(model, tokens, groups, 2)
+    assert {dtype for kinds in carriers for dtype in kinds} == {torch.float32}
+    carriers.clear()
+    lowered = float32_rounded() if setting == "medium" else fpmath_mode(monkeypatch, setting)
+    with lowered:
+        np.testing.assert_array_equal(predict(model, tokens, groups, 2), expected)
+    assert {dtype for kinds in carriers for dtype in kinds} == {torch.float64}
+
+
+def test_whoever_asks_keeps_autocast() -> None:
+    groups, tokens = make_schedule("quincunx", 6, 9), make_tokens(6, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in IntegerTransformer(make_model()).predict(tokens, groups, 2):
+            assert torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("std", [1e-3, 0.05, 1.0, 3.0])
@@ -299,6 +352,22 @@ def test_the_self_test_s_constant_is_the_reference_s_hash() -> None:
 def test_doctor_reports_an_exact_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     assert "cpu: probabilities are exact" in capsys.readouterr().out
+
+
+def test_doctor_does_not_mind_a_default_of_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert main(["doctor"]) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_without_float64_the_cpu_computes() -> None:
+    model = IntegerTransformer(make_model(), device="mps")
+    assert model.device.type == "cpu"
+    groups, tokens = make_schedule("quincunx", 6, 9), make_tokens(6, 9)
+    expected = predict(IntegerTransformer(make_model()), tokens, groups, 1)
+    np.testing.assert_array_equal(predict(model, tokens, groups, 1), expected)
 
 
 def test_doctor_reports_a_machine_that_differs_in_one_line(

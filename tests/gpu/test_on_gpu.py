@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from percov2.analysis.autoencoder import StableDiffusionAutoencoder
+from percov2.entropy.range_coder import RangeDecoder
 from percov2.synthesis.flow_transformer import extend_patch_embedding, predict
 from percov2.training import sd3_reference
 from percov2.training.adaptation import Adaptation, FullFinetune, LoRA
@@ -63,7 +64,7 @@ def test_streams_of_the_gpu_are_those_of_the_cpu(schedule: str) -> None:
         for device, coder in coders.items()
     }
     for grid, stream in zip(tokens, streams["cuda"], strict=True):
-        own = coders["cuda"].decode(stream, 16, 16, steps=steps)
+        own = coders["cuda"].read(RangeDecoder(stream), 16, 16, steps=steps)
         assert np.array_equal(own, grid), "the GPU cannot decode its own stream"
     differing = sum(a != b for a, b in zip(streams["cpu"], streams["cuda"], strict=True))
     assert differing == 0, (

@@ -58,6 +58,20 @@ def test_a_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_checkpoints_are_read_memory_mapped(tmp_path: Path) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint(_state(1.0), path)
+    weight = io.load_checkpoint(path)["state_dict"]["weight"]
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(path) in maps.read_text()
+    # A later checkpoint takes the name; what was read of the earlier one stays as it was.
+    io.save_checkpoint(_state(2.0), path)
+    assert torch.all(weight == 1)
+    weight.add_(3)
+    assert torch.all(io.load_checkpoint(path)["state_dict"]["weight"] == 2)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     io.save_checkpoint(_state(1.0), path)

@@ -17,6 +17,7 @@ from percov2.entropy.token_choice import choose_tokens
 from percov2.entropy.token_coder import TokenCoder
 from percov2.token_chooser import TokenChooser
 from percov2.training import EntropyStage
+from percov2.training import entropy_stage as entropy_module
 from percov2.training.callbacks import ExportModel, WeightEMA
 from percov2.training.callbacks.weight_ema import _trained
 from tests.tiny_codec import CODEBOOK_SIZE
@@ -145,6 +146,26 @@ def test_held_out_tokens_are_counted_over_all_processes(
     entropy = -(share * share.log2()).sum()
     assert logged["val/zero_order_entropy"] == pytest.approx(entropy.item(), rel=1e-5)
     assert logged["val/codes_used"] == len(share)
+
+
+def test_what_processes_reduce_lies_on_their_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL takes tensors on GPUs only; the meta device stands for one."""
+    stage = entropy_stage(tmp_path, tokenizer_steps=10, masked_from=0)
+    logged = {}
+    monkeypatch.setattr(EntropyStage, "device", torch.device("meta"))
+    monkeypatch.setattr(EntropyStage, "trainer", None)
+    monkeypatch.setattr(stage, "log", lambda name, value, **_: logged.update({name: value}))
+    monkeypatch.setattr(entropy_module, "total_over_processes", lambda _, counts: counts)
+    stage._coder, stage._bytes = None, 10  # type: ignore[assignment]
+    stage._counts = torch.ones(CODEBOOK_SIZE, dtype=torch.int64)
+    stage.on_validation_epoch_end()
+    assert set(logged) == {"val/bits_per_token", "val/zero_order_entropy", "val/codes_used"}
+    # Lightning itself puts a number on the module's device.
+    tensors = [value for value in logged.values() if isinstance(value, Tensor)]
+    assert len(tensors) == 2
+    assert {value.device.type for value in tensors} == {"meta"}
 
 
 class Observer(SingleDeviceStrategy):

@@ -16,6 +16,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel
 
 import percov2
 from percov2.analysis.autoencoder import StableDiffusionAutoencoder
@@ -195,6 +196,23 @@ def test_published_sizes_of_the_frozen_parts() -> None:
     assert 2 * t5 == pytest.approx(9.52e9, abs=0.01e9)
     assert parts.t5 == t5
     assert parts.clip > clip_g
+
+
+def test_t5_takes_the_bytes_that_are_counted(tmp_path: Path) -> None:
+    """Its files are in float16, and transformers widens some layers of those."""
+    config = T5Config(**(sd3_reference.T5_XXL | {"d_ff": 96, "d_model": 32, "num_heads": 4}))
+    T5EncoderModel(config).half().save_pretrained(tmp_path)
+    loaded = T5EncoderModel.from_pretrained(tmp_path)
+    taken = sum(parameter.nbytes for parameter in loaded.parameters())
+    parts = sd3_reference.FrozenParts(
+        autoencoder=0,
+        clip=0,
+        t5=sd3_reference.parameter_count(loaded),
+        t5_widened=sd3_reference.widened_count(loaded),
+    )
+    assert parts.text_bytes(use_t5=True) == taken
+    assert taken > 2 * parts.t5
+    assert parts.text_bytes(use_t5=False) == 0
 
 
 def test_an_unknown_model_names_the_known_ones() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from percov2.training.optimization import (
     STATE_BYTES,
@@ -93,6 +97,51 @@ def test_offload_and_optimizer_must_fit() -> None:
     assert isinstance(offloading.config, dict)
     offloading.config["zero_force_ds_cpu_optimizer"] = False
     build_optimizer(phase(nn.Linear(3, 2)), strategy=offloading)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_eight_bits_do_not_go_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    monkeypatch.setattr("percov2.training.optimization.find_spec", lambda name: object())
+    given = phase(nn.Linear(3, 2), optimizer="adamw_8bit")
+    with pytest.raises(ValueError, match=r"does not go with DeepSpeed.*ddp\.yaml"):
+        build_optimizer(given, strategy=DeepSpeedStrategy(stage=2))
+
+
+class Fused(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return 1e6 * self.layer(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return build_optimizer(phase(self.layer, optimizer="adamw_fused"))
+
+    def on_before_zero_grad(self, optimizer: object) -> None:
+        gradients = [p.grad for p in self.layer.parameters() if p.grad is not None]
+        if gradients:
+            assert nn.utils.get_total_norm(gradients) <= 1.01
+
+
+def test_gradients_of_the_fused_kernel_are_clipped_under_autocast(tmp_path: Path) -> None:
+    stage = Fused()
+    before = stage.layer.weight.detach().clone()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(stage, DataLoader([torch.ones(4, 3)] * 2, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.global_step == 2
+    assert not torch.equal(stage.layer.weight, before)
 
 
 def test_phases_of_two_optimisers_are_refused() -> None:

@@ -3,6 +3,7 @@
 from percov2.training.callbacks.codebook_usage import CodebookUsage
 from percov2.training.callbacks.export import ExportModel
 from percov2.training.callbacks.gradient_norm import GradientNorms
+from percov2.training.callbacks.non_finite import SkipNonFinite
 from percov2.training.callbacks.rate_distortion import RateDistortionSamples
 from percov2.training.callbacks.stop_on_signal import StopOnSignal
 from percov2.training.callbacks.stream_faults import StreamFaults
@@ -15,6 +16,7 @@ __all__ = [
     "ExportModel",
     "GradientNorms",
     "RateDistortionSamples",
+    "SkipNonFinite",
     "StopOnSignal",
     "StreamFaults",
     "Throughput",
