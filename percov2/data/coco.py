@@ -148,7 +148,7 @@ class CocoRecords:
             "json": json.dumps({"captions": image.captions}).encode(),
         }
         if image.captions:
-            record["txt"] = image.captions[0].encode()
+            record["txt"] = image.captions[0].encode("utf-8", "surrogatepass")
         return record
 
 

@@ -191,7 +191,9 @@ class StreamDataModule(L.LightningDataModule, ABC):
             "ranks": self._rank_and_world_size()[1],
             "workers": max(1, self.num_workers),
             "seed": self.seed,
-            "data": sha256("\n".join(self.data_names()).encode()).hexdigest(),
+            "data": sha256(
+                "\n".join(self.data_names()).encode("utf-8", "surrogatepass")
+            ).hexdigest(),
         }
 
     def state_dict(self) -> dict[str, Any]:

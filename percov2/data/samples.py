@@ -92,7 +92,8 @@ version (validation). Raises `FaultError` and `FilteredError`."""
 
 def seeded_rng(*parts: object) -> random.Random:
     """A random source that depends on the parts alone, not on process or platform."""
-    return random.Random("/".join(map(str, parts)))
+    # Names in archives and folders need not be UTF-8: what is not comes as surrogates.
+    return random.Random("/".join(map(str, parts)).encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +172,17 @@ def _text_of(
         value = value[0] if rng is None else rng.choice(value)
     if not isinstance(value, str):
         raise FaultError("undecodable_text", f"{source} holds {value!r}, not a text")
+    if not _is_text(value):
+        raise FaultError("undecodable_text", f"{source} holds {value!r}, half a character")
     return value.strip()
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can hold one half of a surrogate pair
+        return False
+    return True
 
 
 def _decode(data: bytes, name: str) -> str:

@@ -132,7 +132,12 @@ def _open(shard: str, timeout: float) -> Any:
     # webdataset would start curl here, which waits for ever for a source that stalls.
     if scheme_of(shard) in ("http", "https"):
         return urllib.request.urlopen(shard, timeout=timeout)
-    return gopen(shard)
+    try:
+        return gopen(shard)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of a hub's client: a connection that fails is none of the above
+        raise OSError(one_line(error)) from error
 
 
 def _samples(shard: str, timeout: float) -> Iterator[RawSample]:
@@ -153,6 +158,9 @@ def _members(shard: str, source: Any) -> Iterator[dict[str, Any]]:
                 yield {"fname": member.name, "data": file.read(), "__url__": shard}
             # Or the headers of a whole shard would pile up.
             archive.members = []  # type: ignore[attr-defined]
+    # To the end, behind the archive's own: whoever sends would fail if the padding were not taken.
+    while source.read(_READ_SIZE):
+        pass
 
 
 class _StrictTarInfo(tarfile.TarInfo):

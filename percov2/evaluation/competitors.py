@@ -3,7 +3,7 @@
 At a few hundred bytes a picture no conventional format can keep all pixels, so users reduce the
 picture first. Every scale of `SCALES` is tried with the highest quality whose file is not larger
 than asked for; of the three that have the highest PSNR after enlarging, the one with the highest
-MS-SSIM is taken (below 161 pixels a side, that with the highest PSNR). Reducing and enlarging are
+MS-SSIM is taken (below 176 pixels a side, that with the highest PSNR). Reducing and enlarging are
 Lanczos. The size of the original is not stored, in the format's favour. If no setting fits, the
 smallest file of all is taken and marked.
 """

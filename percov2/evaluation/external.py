@@ -87,7 +87,14 @@ class ExternalCandidate(Candidate):
 
 def _run(command: list[str], source: Path, target: Path) -> None:
     filled = [part.replace("{in}", str(source)).replace("{out}", str(target)) for part in command]
-    done = subprocess.run(filled, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        filled,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
     if done.returncode or not target.is_file():
         said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
         raise RuntimeError(f"{filled[0]} ended with exit code {done.returncode}: {said}")

@@ -3,7 +3,7 @@
 | name | of | computed by |
 | --- | --- | --- |
 | psnr | pair | torchmetrics, all three channels together, dB |
-| ms_ssim | pair | torchmetrics, RGB, at least 161 pixels a side |
+| ms_ssim | pair | torchmetrics, RGB, at least 176 pixels a side |
 | gradient_energy | pair | `gradient_energy`: 1 is the original's amount of detail |
 | gradient_magnitude | pair | `gradient_magnitude`: the same, not squared |
 | lpips_alex, lpips_vgg | pair | torchmetrics |

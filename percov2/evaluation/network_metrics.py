@@ -101,8 +101,10 @@ class ClipScore:
 
         self.identity = f"clip_score, {model}"
         with _absent_unless_loaded(f"CLIP {model}"):
-            self._clip = _Clip(CLIPModel.from_pretrained(model)).to(device).eval()
+            network = CLIPModel.from_pretrained(model)
             self._processor = AutoProcessor.from_pretrained(model)
+        self._longest = int(network.config.text_config.max_position_embeddings)
+        self._clip = _Clip(network).to(device).eval()
 
     def __call__(self, original: Original, restored: Tensor) -> float | None:
         """See `PairMetric`."""
@@ -111,8 +113,16 @@ class ClipScore:
         if not original.caption:
             return None
         pixels = (restored[0] * 255).round().to(torch.uint8)
-        score = clip_score(pixels, original.caption, lambda: (self._clip, self._processor))
+        score = clip_score(pixels, original.caption, lambda: (self._clip, self._process))
         return float(score)
+
+    def _process(self, **inputs: Any) -> Any:
+        """Inputs of the network. torchmetrics cuts long captions without keeping their end token,
+        which is where CLIP reads them: all would score alike.
+        """
+        if "text" in inputs:
+            inputs |= {"truncation": True, "max_length": self._longest}
+        return self._processor(**inputs)
 
 
 class SegmentationAgreement:
@@ -151,16 +161,17 @@ class SegmentationAgreement:
 
     def __call__(self, original: Original, restored: Tensor) -> float | None:
         """See `PairMetric`."""
-        from torchmetrics.functional.segmentation import mean_iou
+        # By a confusion matrix: `mean_iou` would hold every class's picture, 10 GB at 2K.
+        from torchmetrics.functional.classification import multiclass_jaccard_index
 
         if self.name not in original.derived:
             original.derived[self.name] = self.segment(original.pixels)
         return float(
-            mean_iou(
+            multiclass_jaccard_index(
                 self.segment(restored),
                 original.derived[self.name],
                 num_classes=self._network.config.num_labels,
-                input_format="index",
+                average="macro",
             )
         )
 

@@ -12,7 +12,7 @@ from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
 )
 
-MS_SSIM_SIDE = 161
+MS_SSIM_SIDE = 176
 """Rows and columns of pixels that the five scales of MS-SSIM need at least."""
 
 

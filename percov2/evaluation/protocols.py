@@ -14,6 +14,7 @@ Crops: ``full`` takes the picture as it is; ``centre-512`` cuts 512x512 pixels f
 
 from __future__ import annotations
 
+import errno
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -311,9 +312,18 @@ def _coco_items(folder: Path) -> list[Item]:
         ids: Sequence[int] = read_list(written)
     else:
         ids = coco30k_list(images, seed=COCO_SEED)
-        with atomic_path(written) as temporary:
-            temporary.write_text("".join(f"{number}\n" for number in ids), encoding="utf-8")
+        _keep_list(ids, written)
     return [_coco_item(image, folder) for image in select_images(images, ids)]
+
+
+def _keep_list(ids: Sequence[int], path: Path) -> None:
+    """Write the numbers down; not where that is forbidden, since they are the same each time."""
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{number}\n" for number in ids), encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def _coco_item(image: CocoImage, folder: Path) -> Item:

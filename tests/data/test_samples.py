@@ -68,6 +68,17 @@ def test_broken_json_is_a_fault_where_it_is_asked_for(data: bytes) -> None:
     assert fault_of(raw, filters=Filters(max_nsfw=0.5)).kind == "undecodable_text"
 
 
+def test_half_a_character_in_json_is_a_fault() -> None:
+    raw = sample(0, json=b'{"long": "a boat \\ud83d"}')
+    assert fault_of(raw, captions=make_captions({"json.long": 1.0})).kind == "undecodable_text"
+
+
+def test_random_sources_take_any_name() -> None:
+    assert seeded_rng("a", 1).random() == random.Random("a/1").random()
+    broken = b"caf\xe9.jpg".decode("utf-8", "surrogateescape")
+    assert seeded_rng(broken, 1).random() != seeded_rng(broken, 2).random()
+
+
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples, "MAX_PIXELS", 24 * 20 - 1)
     # Cut off behind its header: decoding would be another fault.

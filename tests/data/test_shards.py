@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from percov2.data import shards
 from percov2.data.faults import FaultError
 from percov2.data.shards import Retry, expand_shards, read_shard
 from tests.data.shard_factory import sample, write_shard, write_shards
@@ -93,6 +95,39 @@ def test_a_pipe_is_read_and_its_failure_seen(tmp_path: Path) -> None:
     assert numbers(f"pipe:cat {shard}") == [0, 1, 2]
     found, fault = read_until_fault("pipe:exit 3")
     assert (found, fault.kind) == ([], "missing_shard")
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
+    """A sender that is slower than we are, with padding behind the archive's end."""
+    shard, opened = write_shard(tmp_path / "a.tar", map(sample, range(3))), tmp_path / "opened"
+    size = shard.stat().st_size
+    with shard.open("ab") as file:
+        file.write(bytes(2**20))
+    slow = (
+        f"pipe:echo >> {opened}; head -c {size} {shard}; sleep 0.3; tail -c +{size + 1} {shard} "
+        "|| exit 1"
+    )
+    assert numbers(slow) == [0, 1, 2]
+    assert opened.read_text() == "\n"
+
+
+def test_a_client_that_fails_in_its_own_way_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, asked = write_shard(tmp_path / "a.tar", map(sample, range(3))), []
+
+    class ConnectError(Exception):
+        pass
+
+    def failing(name: str) -> IO[bytes]:
+        asked.append(name)
+        if len(asked) == 1:
+            raise ConnectError("timed out")
+        return shard.open("rb")
+
+    monkeypatch.setattr(shards, "gopen", failing)
+    assert numbers("hf://somewhere/a.tar") == [0, 1, 2]
+    assert len(asked) == 2
 
 
 class Server(ThreadingHTTPServer):

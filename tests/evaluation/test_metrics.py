@@ -50,8 +50,9 @@ def test_psnr_and_ms_ssim_are_those_of_torchmetrics() -> None:
     assert MsSsim()(original, restored) == pytest.approx(float(ms_ssim), abs=1e-5)
     assert float(ms_ssim) < 0.999
     assert Psnr()(original, original.pixels) is None, "infinite"
-    small, restored = _pair((160, 200))
-    assert MsSsim()(small, restored) is None
+    for side in (160, 161, 175):
+        small, restored = _pair((side, 200))
+        assert MsSsim()(small, restored) is None
 
 
 @pytest.mark.parametrize("metric", [GradientEnergy(), GradientMagnitude()], ids=lambda m: m.name)
@@ -161,6 +162,13 @@ def test_clip_score_is_the_models_own_cosine(tmp_path: Path) -> None:
         assert found == pytest.approx(max(100 * float(cosine), 0), abs=1e-3)
         scores.append(found)
     assert any(score for score in scores), "a test of clamped scores shows nothing"
+    # Longer than the network reads: what it reads still matters.
+    long = []
+    for first in ("a dog", "the red barn"):
+        original.caption = first + " on a beach" * 20
+        with torch.no_grad():
+            long.append(metric(original, original.pixels))
+    assert long[0] != long[1]
     original.caption = None
     assert metric(original, original.pixels) is None
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import threading
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -73,6 +75,10 @@ def test_limit_below_one(tmp_path: Path) -> None:
         find_protocol(str(make_folder(tmp_path / "x", 1)), limit=0)
 
 
+def _refuse_to_write(path: Path) -> NoReturn:
+    raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+
 def test_coco30k_writes_its_list_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = tmp_path / "coco" / "val2014"
     pictures.mkdir(parents=True)
@@ -94,6 +100,11 @@ def test_coco30k_writes_its_list_once(tmp_path: Path, monkeypatch: pytest.Monkey
     written = (tmp_path / "coco" / "coco30k-seed-0.txt").read_text().split()
     assert [item.name for item in first.items] == [f"COCO_val2014_{int(n):012d}" for n in written]
     assert first.items[0].caption == f"thing {written[0]}"
+    (tmp_path / "coco" / "coco30k-seed-0.txt").rename(tmp_path / "kept")
+    with monkeypatch.context() as read_only:
+        read_only.setattr(protocols, "atomic_path", _refuse_to_write)
+        assert find_protocol("coco30k", root=tmp_path) == first
+    (tmp_path / "kept").rename(tmp_path / "coco" / "coco30k-seed-0.txt")
     monkeypatch.setattr(protocols, "coco30k_list", None)  # it is read from now on
     assert find_protocol("coco30k", root=tmp_path) == first
 
