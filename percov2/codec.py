@@ -53,6 +53,7 @@ from percov2.entropy.token_coder import TokenCoder, Tokens
 from percov2.images import check_size, read_image, to_srgb
 from percov2.model_card import CARD_NAME, carry_texts, write_model_card
 from percov2.model_store import ModelSummary, resolve_model
+from percov2.noise import seeded_noise
 from percov2.rate_control import Content, first_that_fits
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict_velocity
@@ -472,11 +473,7 @@ class Codec:
             torch.from_numpy(tokens)[None].to(self.device)
         )
         condition, prediction = parts.latent_decoder.condition(features)
-        # On the CPU and in float32, whatever torch's defaults: the same file, the same picture.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn(
-            prediction.shape, generator=generator, device="cpu", dtype=torch.float32
-        ).to(self.device)
+        noise = seeded_noise(prediction.shape, seed=seed).to(self.device)
         # Text encoders may be the slowest part: none runs for a caption that guidance leaves out.
         captions = {0.0: [""], 1.0: [caption]}.get(guidance, ["", caption])
         with self._in_use(self.components.text_conditioner) as encoder:

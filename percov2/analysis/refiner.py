@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from percov2.layers import ResidualBlock, zeroed
+from percov2.noise import seeded_noise
 
 NOISE_CHANNELS = 4
 """Channels of noise at either resolution: at half, as many numbers as the picture has pixels."""
@@ -67,8 +68,4 @@ class Refiner(nn.Module):
 
 def _noise(like: Tensor) -> Tensor:
     """Standard normal (B, NOISE_CHANNELS, rows and columns as of ``like``), always the same."""
-    # Drawn on the CPU: a GPU has another generator, and the same file should look the same.
-    generator = torch.Generator("cpu").manual_seed(0)
-    shape = like.shape[0], NOISE_CHANNELS, *like.shape[2:]
-    drawn = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-    return drawn.to(like)
+    return seeded_noise((like.shape[0], NOISE_CHANNELS, *like.shape[2:]), seed=0).to(like)

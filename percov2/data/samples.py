@@ -172,17 +172,8 @@ def _text_of(
         value = value[0] if rng is None else rng.choice(value)
     if not isinstance(value, str):
         raise FaultError("undecodable_text", f"{source} holds {value!r}, not a text")
-    if not _is_text(value):
-        raise FaultError("undecodable_text", f"{source} holds {value!r}, half a character")
-    return value.strip()
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can hold one half of a surrogate pair
-        return False
-    return True
+    # JSON can hold one half of a surrogate pair.
+    return _decode(value.encode("utf-8", "surrogatepass"), source).strip()
 
 
 def _decode(data: bytes, name: str) -> str:

@@ -291,7 +291,6 @@ class IntegerTransformer:
         ).to(self.device, dtype)
         self._attention_exp = torch.tensor(_exp_table(WEIGHT_BITS), dtype=dtype, device=self.device)
         self._head_exp = torch.tensor(_exp_table(20), dtype=torch.float64, device=self.device)
-        self._dtype = dtype
         self._double: IntegerTransformer | None = None
 
     def integers(self) -> dict[str, NDArray[np.int64]]:
@@ -343,8 +342,8 @@ class IntegerTransformer:
 
     def _exact_carrier(self) -> IntegerTransformer:
         """Itself, or the same integers in float64 while float32 might not be exact."""
-        lowered = self.device.type == "cpu" and self._dtype == torch.float32
-        if not (lowered and _float32_may_be_rounded()):
+        exposed = self.device.type == "cpu" and self._mask.dtype == torch.float32
+        if not (exposed and _float32_may_be_rounded()):
             return self
         if self._double is None:
             self._double = self._carried_by(torch.float64)
@@ -352,7 +351,6 @@ class IntegerTransformer:
 
     def _carried_by(self, dtype: torch.dtype) -> IntegerTransformer:
         other = copy.copy(self)
-        other._dtype = dtype
         for name in ("_tokens", "_mask", "_rows", "_cols", "_attention_exp"):
             setattr(other, name, getattr(self, name).to(dtype))
         other._layers = [layer.to(self.device, dtype) for layer in self._layers]

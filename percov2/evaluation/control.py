@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
 from percov2.data.transforms import image_to_tensor, tensor_to_image
 from percov2.evaluation.pixel_metrics import gradient_energy
+from percov2.noise import seeded_noise
 
 
 def blurred_with_grain(
@@ -26,8 +26,7 @@ def blurred_with_grain(
     """
     target = gradient_energy(image_to_tensor(original)[None])
     smooth = image_to_tensor(restored.filter(ImageFilter.GaussianBlur(sigma)))[None]
-    generator = torch.Generator().manual_seed(seed)
-    grain = torch.randn((1, 1, *smooth.shape[2:]), generator=generator)
+    grain = seeded_noise((1, 1, *smooth.shape[2:]), seed=seed)
     low, high = 0.0, 2.0
     for _ in range(20):  # clipping makes the energy no simple function of the amount
         middle = (low + high) / 2

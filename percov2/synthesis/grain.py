@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from percov2.noise import seeded_noise
 from percov2.synthesis.sharpening import local_mean
 
 _FLOOR = 5 / 127.5
@@ -46,9 +47,8 @@ def add_grain(images: Tensor, amount: float, *, seed: int) -> Tensor:
     luma = images.mean(1, keepdim=True)
     variance = local_mean(luma.square(), _SIDE) - local_mean(luma, _SIDE).square()
     strength = amount * (variance.clamp_min(0).sqrt() + _FLOOR)
-    generator = torch.Generator("cpu").manual_seed(seed ^ _OTHER_STREAM)
-    noise = torch.randn(luma.shape, generator=generator, device="cpu", dtype=torch.float32)
-    return images + strength * _soften(noise.to(images))
+    noise = seeded_noise(luma.shape, seed=seed ^ _OTHER_STREAM).to(images)
+    return images + strength * _soften(noise)
 
 
 def _soften(noise: Tensor) -> Tensor:

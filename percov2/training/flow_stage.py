@@ -15,6 +15,7 @@ from percov2.components import CodecComponents, CodecConfig, TokenizerComponents
 from percov2.data.samples import Batch
 from percov2.entropy.masked_transformer import draw_training_masks, masked_cross_entropy
 from percov2.entropy.schedules import make_schedule
+from percov2.noise import seeded_noise
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.flow_transformer import predict, predict_velocity
 from percov2.synthesis.sampler import Tiling, sample
@@ -343,7 +344,7 @@ class FlowStage(L.LightningModule):
         loss = self._flow_loss(latents, condition, prediction, batch, step=0)
         self.log("val/flow", loss, batch_size=size, sync_dist=True, prog_bar=True)
         text = self._text(batch, [False] * size)
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.seed))
+        noise = seeded_noise(latents.shape, seed=self.seed)
 
         def velocity(x_t: Tensor, condition: Tensor, t: Tensor) -> Tensor:
             captions = text.embeddings, text.pooled
