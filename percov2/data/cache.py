@@ -6,7 +6,7 @@
   ``.safetensors`` (float16 ``latents``, and ``text_embeddings``, ``text_pooled``), ``.json`` (key
   and caption) and maybe ``.png`` (the crop);
 * ``CACHE/empty.safetensors``: the text embeddings of the empty caption, for caption dropout;
-* ``CACHE/cache.json``: settings, and which input shards are finished.
+* ``CACHE/cache.json``: settings, how the input shards begin, and which are finished.
 
 A part appears whole or not at all. An interrupted run goes on when it is started again with the
 same settings. `CachedDataModule` reads the result.
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from percov2.analysis.autoencoder import Autoencoder
 from percov2.components import load_autoencoder
+from percov2.data.cache_manifest import CacheManifest
 from percov2.data.cached import EMPTY_NAME, pack, save_empty
 from percov2.data.coco import CocoRecords, read_annotations
 from percov2.data.faults import FaultError, FilteredError
@@ -44,7 +45,6 @@ from percov2.messages import one_line
 from percov2.model_store import resolve_model
 from percov2.synthesis.text_conditioner import CONFIG_NAME, TextConditioner
 
-MANIFEST_NAME = "cache.json"
 NO_TEXT = "none"
 
 
@@ -241,12 +241,12 @@ def cache(settings: CacheSettings) -> Summary:
     """Write latents and text embeddings of pictures to shards.
 
     Raises:
-        ValueError: wrong options, sources or model, or a cache of other options in the folder.
+        ValueError: wrong options, sources or model, or a cache of other options or data in the
+            folder.
     """
     inputs = _inputs(settings.data, settings.annotations)
     settings.output.mkdir(parents=True, exist_ok=True)
-    manifest = settings.output / MANIFEST_NAME
-    finished = _read_manifest(manifest, _content(settings))
+    manifest = CacheManifest(settings.output, _content(settings))
     encoder = _load_encoder(settings)
     if encoder.text is not None:
         with torch.inference_mode():
@@ -255,12 +255,16 @@ def cache(settings: CacheSettings) -> Summary:
     summary = Summary()
     with ThreadPoolExecutor(settings.num_workers) as pool:
         job = _Job(settings=settings, encoder=encoder, summary=summary, pool=pool)
+        looked_at = False
         for name, items in inputs.items():
-            if name in finished:
+            finished = manifest.is_finished(name)
+            # One of the finished inputs tells of which data they are; all take a cluster minutes.
+            if not (finished and looked_at):
+                items, looked_at = manifest.begin(name, items), looked_at or manifest.knows(name)
+            if finished:
                 summary.skipped += 1
             elif job.write_input(name, items):
-                finished.append(name)
-                _write_manifest(manifest, _content(settings), finished)
+                manifest.finish(name)
     return summary
 
 
@@ -314,31 +318,6 @@ def _load_encoder(settings: CacheSettings) -> _Encoder:
             f"or store none with --text_model {NO_TEXT}"
         )
     return _Encoder(autoencoder=autoencoder, text=text.eval().to(device), device=device)
-
-
-def _read_manifest(path: Path, content: dict[str, Any]) -> list[str]:
-    """Names of the finished inputs.
-
-    Raises:
-        ValueError: the cache was made with other options.
-    """
-    if not path.is_file():
-        return []
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name, value in content.items() if manifest["settings"].get(name) != value]
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds a cache made with another {', '.join(changed)}: choose an empty "
-            "folder"
-        )
-    finished: list[str] = manifest["finished"]
-    return finished
-
-
-def _write_manifest(path: Path, content: dict[str, Any], finished: list[str]) -> None:
-    with atomic_path(path) as temporary:
-        manifest = {"settings": content, "finished": finished}
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -190,7 +190,7 @@ def _evaluate(args: argparse.Namespace, peers: Processes) -> dict[str, Any]:
     from percov2.evaluation.task import Task
 
     device = peers.device(args.device)
-    protocol = _protocol(args)
+    protocol = _protocol(args, peers)
     candidates, absent_codecs = _candidates(args, device)
     options = MetricOptions(
         device=device,
@@ -219,17 +219,23 @@ def _evaluate(args: argparse.Namespace, peers: Processes) -> dict[str, Any]:
     return Runner(task).run()
 
 
-def _protocol(args: argparse.Namespace) -> Protocol:
+def _protocol(args: argparse.Namespace, peers: Processes) -> Protocol:
     from percov2.evaluation.protocols import find_protocol, with_captions
 
     root = args.data_root or os.environ.get("PERCOV2_DATA") or None
-    protocol = find_protocol(
-        args.data,
-        root=None if root is None else Path(root),
-        crop=args.crop,
-        limit=args.limit,
-        download=args.download,
-    )
+    protocol = None
+    # One fetches a data set that is not there; nodes that share its folder find it, then.
+    for my_turn in (peers.is_first, peers.local_rank == 0, True):
+        if my_turn and protocol is None:
+            protocol = find_protocol(
+                args.data,
+                root=None if root is None else Path(root),
+                crop=args.crop,
+                limit=args.limit,
+                download=args.download,
+            )
+        peers.wait()
+    assert protocol is not None
     return protocol if args.captions is None else with_captions(protocol, args.captions)
 
 

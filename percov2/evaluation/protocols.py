@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -274,16 +275,27 @@ def _locate(name: str, root: Path | None, *, download: bool) -> Path:
     if not download or entry.archive is None:
         fetch = ", or give --download" if entry.archive is not None else ""
         raise ValueError(f"--data {name}: put {entry.source} into {target}{fetch}")
-    from torchvision.datasets.utils import download_and_extract_archive
-
     try:
-        # The archives hold one folder of the name that is looked for.
-        download_and_extract_archive(entry.archive.url, str(target.parent), md5=entry.archive.md5)
+        _fetch(entry.archive, target)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"--data {name}: cannot be fetched ({error}): put {entry.source} into {target}"
         ) from error
     return target
+
+
+def _fetch(archive: _Archive, target: Path) -> None:
+    """Make a folder of an archive, which holds one of that name; whole or not at all."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    unpacked = target.with_name(f".{target.name}.unpacked")
+    if unpacked.exists():
+        shutil.rmtree(unpacked)
+    download_and_extract_archive(
+        archive.url, str(target.parent), extract_root=str(unpacked), md5=archive.md5
+    )
+    (unpacked / target.name).rename(target)
+    shutil.rmtree(unpacked)
 
 
 def _folder_items(folder: Path) -> list[Item]:

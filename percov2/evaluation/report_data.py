@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of `results.json` that this package writes and reads."""
 RESULTS_NAME, IMAGES_NAME = "results.json", "images.csv"
 PICTURES_NAME, ORIGINAL_NAME = "pictures", "original"
@@ -48,12 +48,14 @@ class Protocol:
         crop: how the images were cropped or resized.
         data: name of the folder of images.
         images: how many there are.
+        checksum: of the images' names and files.
     """
 
     name: str
     crop: str
     data: str
     images: int
+    checksum: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +177,10 @@ class Results:
 def read_results(directory: str | Path) -> Results:
     """Read `results.json` and `images.csv` of an evaluation.
 
-    `results.json` is an object (schema 1; other fields are ignored)::
+    `results.json` is an object (schema 2; other fields are ignored)::
 
-        {"schema": 1,
-         "protocol": {"name": str, "crop": str, "data": str, "images": int},
+        {"schema": 2,
+         "protocol": {"name": str, "crop": str, "data": str, "images": int, "checksum": str},
          "created": str,              ISO 8601
          "command": [str, ...],
          "commit": str | null,
@@ -234,6 +236,7 @@ def read_results(directory: str | Path) -> Results:
             crop=_take(where, protocol, "crop", str),
             data=_take(where, protocol, "data", str),
             images=_take(where, protocol, "images", int),
+            checksum=_take(where, protocol, "checksum", str),
         ),
         created=_take(str(path), root, "created", str),
         command=_strings(str(path), root, "command"),
@@ -249,11 +252,11 @@ def merge(runs: Sequence[Results]) -> Results:
     """Several evaluations of the same protocol as one, with the first one's description.
 
     Raises:
-        ValueError: They differ in protocol, crop or number of images, or have a codec in common.
+        ValueError: They differ in protocol, crop or images, or have a codec in common.
     """
     first = runs[0]
     for run in runs[1:]:
-        for name in ("name", "crop", "images"):
+        for name in ("name", "crop", "images", "checksum"):
             ours, theirs = getattr(first.protocol, name), getattr(run.protocol, name)
             if ours != theirs:
                 raise ValueError(

@@ -20,7 +20,6 @@ from percov2.evaluation.journal import Record
 from percov2.evaluation.metrics import PAIR_METRICS
 from percov2.files import atomic_path
 
-SCHEMA = 1
 COLUMNS = (
     "slug",
     "image",

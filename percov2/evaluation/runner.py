@@ -1,15 +1,14 @@
 """The run: every codec on every picture, from real files, once.
 
 OUTPUT holds ``streams`` and ``pictures`` by codec, ``records`` with what is known of each picture
-so far, ``reference`` with the originals' features, ``run.json`` with what a resumed run must find
-unchanged, and at the end ``results.json`` and ``images.csv``. A command that names other codecs
-for the same OUTPUT adds them.
+so far, ``reference`` with the originals' features, ``originals`` with their checksums,
+``run.json`` with what else a resumed run must find unchanged, and at the end ``results.json`` and
+``images.csv``. A command that names other codecs for the same OUTPUT adds them.
 """
 
 from __future__ import annotations
 
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from torch import Tensor
 from percov2.data.transforms import image_to_tensor
 from percov2.evaluation.codecs import Candidate
 from percov2.evaluation.journal import Journal, Record, Rows, has_features
+from percov2.evaluation.originals import OriginalFiles
 from percov2.evaluation.pixel_metrics import Original
 from percov2.evaluation.protocols import Item
+from percov2.evaluation.report_data import SCHEMA
 from percov2.evaluation.results import (
-    SCHEMA,
     environment,
     provenance,
     summarise,
@@ -86,6 +86,7 @@ class Runner:
         }
         assert len(self._journals) == len(task.candidates), "slugs must differ"
         self._originals = Journal(task.reference / "originals")
+        self._files = OriginalFiles(task.output / "originals")
         self._described = merge_description(task)
         # Bytes of every file by stream and picture: what competitors must match.
         self._sizes: dict[tuple[str, str], int] = {}
@@ -96,7 +97,13 @@ class Runner:
         """All pictures, then the results, which the first process writes and all return."""
         mine = self.task.processes.share(self.task.protocol.items)
         todo, originals = self._todo(mine), self._originals.read()
-        work = [i for i in mine if todo[i.name] or self._lacking(originals.get(i.name, {}))]
+        work = [
+            item
+            for item in mine
+            if todo[item.name]
+            or self._lacking(originals.get(item.name, {}))
+            or not self._files.is_seen(item)
+        ]
         total = sum(len(todo[item.name]) for item in work)
         started = time.perf_counter()
         from tqdm import tqdm
@@ -142,9 +149,10 @@ class Runner:
         try:
             image = self.task.protocol.read(item)
         except _FAILURES as error:
-            for slug in todo:
+            # What is known of a file that has changed says nothing of it.
+            for slug in todo if self._files.is_seen(item) else self._journals:
                 self._journals[slug].append(item.name, {"error": first_line(error)})
-                bar.update()
+            bar.update(len(todo))
             return
         pixels = self._pixels(image)
         original = Original(pixels=pixels, caption=item.caption)
@@ -169,15 +177,15 @@ class Runner:
             bar.update()
 
     def _original(self, item: Item, image: Image.Image, pixels: Tensor, known: Record) -> None:
-        """Keep the original's picture and features; refuse features of another picture."""
+        """Keep the original's picture and features; refuse another picture of its name."""
+        checksum = self._files.look_at(item)
         path = self._path("pictures", "original", item, ".png")
         if not path.is_file():
             _write_png(path, image, None)
-        checksum = zlib.crc32(image.tobytes())
         if known.get("checksum", checksum) != checksum:
             raise ValueError(
                 f"{self._originals.folder} holds features of another picture named {item.name}: "
-                "choose another --output or --reference"
+                "choose another --reference"
             )
         missing = self._lacking(known)
         if missing or not known:
@@ -288,7 +296,11 @@ class Runner:
         results = {
             "schema": SCHEMA,
             "protocol": self._described["protocol"]
-            | {"data": self.task.protocol.data, "images": len(self.task.protocol.items)},
+            | {
+                "data": self.task.protocol.data,
+                "images": len(self.task.protocol.items),
+                "checksum": self._files.checksum(self.task.protocol.items),
+            },
             **provenance(),
             "environment": environment(device=self.task.device, processes=processes.count),
             "codecs": [everything[slug] for slug in codecs],

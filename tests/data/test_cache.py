@@ -156,6 +156,40 @@ def test_other_settings_are_refused_for_the_same_folder(shards: Path, tmp_path: 
         run(shards, tmp_path / "cache", text_model="none", crop=40, seed=3)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_other_data_of_the_same_names_is_refused(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    output = tmp_path / "cache"
+    if interrupted:
+        monkeypatch.setattr(cache_module, "pack", lambda *_, **__: exit(1))
+        with pytest.raises(SystemExit):
+            run(shards, output, text_model="none")
+        monkeypatch.undo()
+    else:
+        run(shards, output, text_model="none")
+    other = tmp_path / "other"
+    other.mkdir()
+    # The same key, as img2dataset numbers every data set.
+    write_shard(other / "00000.tar", [sample(7) | {"__key__": f"{0:09}"}])
+    with pytest.raises(ValueError, match=r"other data .* called 00000, too: choose an empty"):
+        run(other, output, text_model="none")
+    write_shard(other / "00002.tar", [sample(7)])
+    (other / "00000.tar").unlink()
+    more = run(other, output, text_model="none")
+    assert (more.samples, more.skipped) == (1, 0), "further shards are added"
+
+
+def test_a_cache_of_another_version_is_refused(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "cache", text_model="none")
+    manifest = tmp_path / "cache" / "cache.json"
+    content = json.loads(manifest.read_text())
+    del content["beginnings"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"cache\.json is not of this version"):
+        run(shards, tmp_path / "cache", text_model="none")
+
+
 def test_the_program_tells_what_was_missing(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

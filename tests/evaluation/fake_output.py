@@ -67,8 +67,14 @@ def write_fake_output(
         codec["summary"] = _summary(own)
         rows += own
     results = {
-        "schema": 1,
-        "protocol": {"name": "kodak", "crop": "full", "data": "kodak", "images": len(images)},
+        "schema": 2,
+        "protocol": {
+            "name": "kodak",
+            "crop": "full",
+            "data": "kodak",
+            "images": len(images),
+            "checksum": "0f1e2d3c",
+        },
         "created": "2026-01-31T12:00:00+00:00",
         "command": ["percov2", "evaluate", "--data", "kodak", "--output", "output"],
         "commit": "0123456789abcdef",

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from percov2.cli import main
+from percov2.evaluation import command, protocols
+from percov2.evaluation.distributed import Processes
+from percov2.evaluation.protocols import Protocol
 from tests.evaluation.pictures import make_folder, make_picture
 
 
@@ -101,3 +108,39 @@ def test_output_that_is_a_file(
     make_picture(0).save(tmp_path / "out.png")
     assert main([*options, "--output", str(tmp_path / "out.png")]) == 2
     assert "is a file: name a folder" in capsys.readouterr().err
+
+
+def test_one_process_of_a_node_fetches_before_the_others_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, done, overlapping = threading.local(), [], []
+    barrier = threading.Barrier(4)
+
+    class _Peer(Processes):
+        def wait(self) -> None:
+            barrier.wait(timeout=60)
+
+    def find(data: str, **_: object) -> Protocol:
+        before = list(done)
+        time.sleep(0.05)  # long enough for all that are let in to be in
+        overlapping.append((here.rank, before))
+        done.append(here.rank)
+        return Protocol(name="folder", crop="full", data=data, items=())
+
+    def process(rank: int, local_rank: int) -> None:
+        here.rank = rank
+        peers = _Peer(rank=rank, local_rank=local_rank, count=4)
+        assert command._protocol(args, peers).data == "somewhere"
+
+    monkeypatch.setattr(protocols, "find_protocol", find)
+    parser = argparse.ArgumentParser()
+    command.add_evaluate(parser.add_subparsers())
+    args = parser.parse_args(
+        ["evaluate", "--data=somewhere", "--model=tiny", f"--output={tmp_path}"]
+    )
+    with ThreadPoolExecutor(4) as pool:  # two nodes of two processes
+        list(pool.map(process, (0, 1, 2, 3), (0, 1, 0, 1)))
+    before = dict(overlapping)
+    assert before[0] == []
+    assert before[2] == [0]
+    assert set(before[1]) == set(before[3]) == {0, 2}

@@ -178,8 +178,12 @@ def test_download_checks_what_it_got(
     )
     monkeypatch.setitem(protocols._DATA_SETS, "div2k", entry)
     root = tmp_path / "data"
+    half = root / ".DIV2K_valid_HR.unpacked" / "DIV2K_valid_HR"
+    half.mkdir(parents=True)
+    (half / "c.png").write_bytes(b"of a run that was killed while it unpacked")
     found = find_protocol("div2k", root=root, download=True)
     assert [item.name for item in found.items] == ["a", "b"]
+    assert sorted(path.name for path in root.iterdir()) == [entry.folders[0], archive.name]
     assert find_protocol("div2k", root=root) == found
     wrong = replace(entry, archive=protocols._Archive(url=f"{server}/{archive.name}", md5="0" * 32))
     monkeypatch.setitem(protocols._DATA_SETS, "div2k", wrong)

@@ -69,7 +69,7 @@ def test_pictures(reported: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: root.update(schema=2), "field schema is 2, .* reads 1"),
+        (lambda root: root.update(schema=3), "field schema is 3, .* reads 2"),
         (lambda root: root.pop("protocol"), "field protocol is missing"),
         (lambda root: root["protocol"].update(images="3"), "protocol: field images is '3'"),
         (lambda root: root["protocol"].update(images=True), "protocol: field images is True"),

@@ -116,13 +116,15 @@ def test_everything_is_from_real_files(codec: Codec, folder: Path, tmp_path: Pat
     one, two = _Perco(codec), _Perco(codec, steps=2)
     results = Runner(_task(folder, output, [one, two, _webp()])).run()
     assert results == json.loads((output / "results.json").read_text())
-    assert results["schema"] == 1
+    assert results["schema"] == 2
+    checksum = results["protocol"].pop("checksum")
     assert results["protocol"] == {
         "name": "folder",
         "crop": "full",
         "data": "pictures",
         "images": PICTURES,
     }
+    assert len(checksum) == 8
     slugs = ["percov2-test-1", "percov2-test-2", "webp-test-same"]
     assert [entry["slug"] for entry in results["codecs"]] == slugs
     rows = _table(output)
@@ -321,3 +323,35 @@ def test_reference_is_shared_but_not_with_other_pictures(
     shutil.copy(folder / "a.png", folder / "b.png")
     with pytest.raises(ValueError, match="features of another picture named b"):
         Runner(_task(folder, tmp_path / "3", [_Perco(codec)], reference=shared)).run()
+
+
+def test_a_finished_run_is_not_reported_for_other_pictures(
+    codec: Codec, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    model = _Perco(codec)
+    first = Runner(_task(folder, output, [model])).run()
+    same = shutil.copytree(folder, tmp_path / "same", copy_function=shutil.copyfile)
+    again = Runner(_task(same, output, [model])).run()
+    assert model.encoded == PICTURES
+    assert again["codecs"] == first["codecs"]
+    assert again["protocol"]["checksum"] == first["protocol"]["checksum"]
+    shutil.copyfile(folder / "a.png", same / "b.png")
+    # Another folder of the features: the run itself knows its pictures.
+    task = _task(same, output, [model], reference=tmp_path / "reference")
+    with pytest.raises(ValueError, match=r"b\.png is not the picture that .*another --output"):
+        Runner(task).run()
+    other = Runner(_task(same, tmp_path / "other", [model])).run()
+    assert other["protocol"]["checksum"] != first["protocol"]["checksum"]
+
+
+def test_a_picture_that_cannot_be_read_any_more_has_no_figures(
+    codec: Codec, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    Runner(_task(folder, output, [_Perco(codec), _webp()])).run()
+    (folder / "c.png").write_bytes(b"no picture any more")
+    results = Runner(_task(folder, output, [_Perco(codec), _webp()])).run()
+    for entry in results["codecs"]:
+        assert entry["images"] == PICTURES - 1
+        assert [failure["image"] for failure in entry["failures"]] == ["c"]
