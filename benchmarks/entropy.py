@@ -136,9 +136,9 @@ def measure(
     """Print the rate of one masked transformer."""
     coder = parts.token_coder(schedule)
     codes, written = coder.codebook_size, written_bits(coder, grids)
-    per_group = np.mean([coder.bits_per_group(g) for g in grids], 0)
-    model, ideal = parts.masked_transformer, float(per_group.sum())
-    as_float = float(np.mean([float_bits(model, schedule, grid) for grid in grids]))
+    per_group = [coder.bits_per_group(grid) for grid in grids]
+    model, ideal = parts.masked_transformer, sum(map(sum, per_group))
+    as_float = sum(float_bits(model, schedule, grid) for grid in grids)
     uniform = np.log2(codes)
     print(f"| {name}, {schedule} | |\n|---|---|")
     print(f"| bits per token, from bytes | {written:.3f} |")
@@ -155,9 +155,20 @@ def measure(
     print(f"| encode and decode {shape} tokens | {encode:.2f} s and {decode:.2f} s |")
     passes = float_seconds(model, schedule, grids[0])
     print(f"| the float model's passes alone | {passes:.2f} s |")
-    groups = [coder.groups(*grids[0].shape) == k for k in range(len(per_group))]
-    rates = ", ".join(f"{b / g.sum():.2f}" for b, g in zip(per_group, groups, strict=True))
+    rates = ", ".join(f"{rate:.2f}" for rate in group_rates(coder, grids, per_group))
     print(f"| bits per token of each group | {rates} |\n")
+
+
+def group_rates(
+    coder: TokenCoder, grids: list[Tokens], per_group: list[list[float]]
+) -> list[float]:
+    """Bits per token of each group, over grids that may differ in shape and number of groups."""
+    most = max(len(bits) for bits in per_group)
+    bits, tokens = np.zeros(most), np.zeros(most)
+    for grid, found in zip(grids, per_group, strict=True):
+        bits[: len(found)] += found
+        tokens += np.bincount(coder.groups(*grid.shape).ravel(), minlength=most)
+    return [float(rate) for rate in bits / tokens]
 
 
 Points = list[tuple[str, float, float]]

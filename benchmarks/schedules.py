@@ -32,7 +32,14 @@ from percov2.evaluation.protocols import CROPS, find_protocol, with_captions
 def codec_of(parts: TokenizerComponents, schedule: str, tiny: CodecComponents) -> Codec:
     """Writes files of these tokens; it cannot paint, its transformer is that of `tiny`."""
     reduction = int(parts.hyper_encoder.config.reduction)
-    config = replace(tiny.config, schedule=schedule, latents_per_token=reduction, rate_weight=0.0)
+    config = replace(
+        tiny.config,
+        schedule=schedule,
+        latents_per_token=reduction,
+        rate_weight=0.0,
+        color_weight=0.0,
+        latent_weight=0.0,
+    )
     return Codec(replace(tiny, config=config, tokenizer=parts))
 
 

@@ -34,11 +34,28 @@ meet() {
   export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 }
 
+# The plain id of an array's last task names the whole array.
+this_job() {
+  if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+  else
+    echo "$SLURM_JOB_ID"
+  fi
+}
+
+# SLURM's controller is at times too busy to answer.
+insist() {
+  local attempt
+  for attempt in 1 2 3 4; do
+    ! "$@" || return 0
+    sleep "$attempt"
+  done
+  "$@"
+}
+
 requeue() {
   local restarts=${SLURM_RESTART_COUNT:-0}
   ((restarts < PERCOV2_MAX_RESTARTS)) || fail "stopped, not requeued after $restarts restarts: resubmit it, or raise PERCOV2_MAX_RESTARTS in launchers/environment.sh"
-  # The plain id of an array's last task names the whole array.
-  local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
-  echo "$program: requeueing job ${job:=${SLURM_JOB_ID}}"
-  scontrol requeue "$job"
+  echo "$program: requeueing job $(this_job)"
+  insist scontrol requeue "$(this_job)"
 }

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import binascii
 from dataclasses import dataclass
+from pathlib import Path
 
 MAGIC = b"\xb2\x50"
 """The low four bits of the second byte are the version's."""
@@ -35,6 +36,9 @@ MAX_SIDE = 4096
 MAX_STEPS = 63
 MAX_CAPTION_BYTES = 4096
 """UTF-8 bytes of a caption before it is coded."""
+
+_MAX_BYTES = 1 << 22
+"""Of a file. The largest picture at one token for 8x8 pixels, 24 bits each, takes a quarter."""
 
 COMMON_SIZES = (
     (512, 512),
@@ -191,6 +195,22 @@ class Stream:
         if self.steps_sent is not None and not 1 <= self.steps_sent <= MAX_STEPS:
             return f"{self.steps_sent} schedule groups sent, must be 1 to {MAX_STEPS}"
         return None
+
+
+def read_stream(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        BitstreamError: it is larger than any stream.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise BitstreamError(
+            f"{path} is larger than any stream ({_MAX_BYTES} bytes): no .pcv2 file"
+        )
+    return data
 
 
 def is_intact(data: bytes) -> bool:

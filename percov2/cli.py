@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from PIL import Image
 
 from percov2 import __version__
-from percov2.bitstream import Stream, is_intact
+from percov2.bitstream import Stream, is_intact, read_stream
 from percov2.evaluation.command import add_evaluate
 from percov2.files import atomic_path, list_files, list_images
 from percov2.inspection import GENERATED_NOTE, describe, info, png_metadata
-from percov2.messages import one_line
+from percov2.messages import one_line, printable
 from percov2.model_store import preset_names, resolve_stream_model
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
     except _REPORTED as error:
-        print(f"percov2: {one_line(error)}", file=sys.stderr)
+        print(f"percov2: {printable(one_line(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("percov2: interrupted", file=sys.stderr)
@@ -129,7 +129,7 @@ def _add_compress(commands: Any) -> None:
         type=int,
         metavar="N",
         help="the file's largest size: leaves out the caption, chooses cheaper tokens, then "
-        "leaves out groups, until it fits",
+        "leaves out groups, until it fits; as few groups as possible",
     )
     parser.add_argument(
         "--rate-weight",
@@ -278,11 +278,15 @@ def _decompress(args: argparse.Namespace) -> int:
     codec_of = _codec_loader(args)
 
     def one(source: Path, target: Path) -> dict[str, Any]:
-        data = source.read_bytes()
+        data = read_stream(source)
         codec = codec_of(data)
         image = codec.decompress(data, **sampling, allow_truncated=args.allow_truncated)
         verified = is_intact(data)
-        description = {**describe(data, codec.summary, verify=verified), "verified": verified}
+        description = {
+            **describe(data, codec.summary, verify=verified),
+            "verified": verified,
+            "steps_whole": codec.steps_whole(data),
+        }
         metadata = {"Software": f"percov2 {__version__}", **png_metadata(description)}
         write_png(target, image, metadata)
         return description
@@ -296,7 +300,7 @@ def _truncate(args: argparse.Namespace) -> int:
     codec_of = _codec_loader(args)
 
     def one(source: Path, target: Path) -> dict[str, Any]:
-        data = source.read_bytes()
+        data = read_stream(source)
         codec = codec_of(data)
         shorter = codec.truncate(data, schedule_steps=args.steps)
         with atomic_path(target) as temporary:
@@ -328,7 +332,9 @@ def _codec_loader(args: argparse.Namespace) -> Callable[[bytes], Codec]:
         load(args.model)
 
     def codec_of(data: bytes) -> Codec:
-        model_id = Stream.from_bytes(data, verify=False).model_id
+        # A damaged id would send the user after another model.
+        verify = not getattr(args, "allow_truncated", False)
+        model_id = Stream.from_bytes(data, verify=verify).model_id
         return load(args.model or resolve_stream_model(model_id))
 
     return codec_of
@@ -368,7 +374,7 @@ def _check_paths(args: argparse.Namespace, suffix: str) -> None:
 
 
 def _info(args: argparse.Namespace) -> int:
-    description = info(args.input.read_bytes(), model=args.model)
+    description = info(read_stream(args.input), model=args.model)
     print(
         json.dumps(description) if args.json else f"{_describe(description)}\n{description['note']}"
     )
@@ -402,14 +408,23 @@ def _run_folder(
     """Each file by itself; failures are listed at the end and change the exit code."""
     from tqdm import tqdm
 
+    if args.output.resolve().is_relative_to(args.input.resolve()):
+        # What an earlier run has written is none of its input.
+        own = args.output.resolve()
+        sources = [source for source in sources if not source.resolve().is_relative_to(own)]
     if not sources:
         raise ValueError(f"folder {args.input} holds no file that this command reads")
+    inputs = {_identity(source) for source in sources}
     results: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     written: dict[tuple[int, int] | None, Path] = {}
     for source in tqdm(sources, unit="image", disable=None):
         target = args.output / source.relative_to(args.input).with_suffix(suffix)
         try:
+            if not source.is_file():
+                raise ValueError(f"{source}: is no regular file")
+            if target.exists() and _identity(target) in inputs:
+                raise ValueError(f"the output {target} is one of the inputs: name another OUT")
             earlier = written.get(_identity(target))
             if earlier is not None:
                 raise ValueError(f"{earlier} has taken the output {target}: rename one")
@@ -424,9 +439,13 @@ def _run_folder(
         print(json.dumps({"files": results, "failures": failures}))
     else:
         for result in results:
-            print(f"{result['output']}: {_describe(result)}")
+            print(f"{printable(result['output'])}: {_describe(result)}")
     for failure in failures:
-        print(f"percov2: {failure['input']}: {failure['error']}", file=sys.stderr)
+        # Most errors begin with the file's name.
+        name = printable(" ".join(failure["input"].split()))
+        reason = printable(failure["error"])
+        shown = reason if reason.startswith(name) else f"{name}: {reason}"
+        print(f"percov2: {shown}", file=sys.stderr)
     if failures:
         print(f"percov2: {len(failures)} of {len(sources)} files failed", file=sys.stderr)
     return EXIT_SOME_FAILED if failures else 0
@@ -444,10 +463,13 @@ def _describe(description: dict[str, Any]) -> str:
     """One line for people."""
     sizes = description["bytes"]
     total = description["steps_total"]
+    whole = ""
+    if not description.get("verified", True):
+        whole = f" ({description['steps_whole']} of them could be read, unverified)"
     caption = f", caption {description['caption']!r}" if description["caption"] else ""
     return (
         f"{description['width']}x{description['height']}, model {description['model']}, "
         f"{sizes['total']} bytes (header {sizes['header']}, caption {sizes['caption']}, "
         f"tokens {sizes['tokens']}), {description['bpp']:.4f} bpp, "
-        f"{description['steps_sent']} of {'?' if total is None else total} groups{caption}"
+        f"{description['steps_sent']} of {'?' if total is None else total} groups{whole}{caption}"
     )

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 from percov2.analysis.captioner import Captioner, NoCaptioner
 from percov2.bitstream import BitstreamError, Stream, is_intact
-from percov2.components import CodecComponents
+from percov2.components import COMPONENT_FOLDERS, CodecComponents, is_half
 from percov2.data.transforms import image_to_tensor, tensor_to_image
 from percov2.entropy.caption_coder import CaptionCoder
 from percov2.entropy.range_coder import RangeDecoder, RangeEncoder
@@ -83,6 +83,8 @@ class Codec:
         captioner: writes the caption where `compress` is given none.
         source: directory that the components were loaded from, whose card and notice
             `save_pretrained` passes on.
+        in_step: call the networks as often for no caption as for one, as processes must that
+            hold a part of the weights each.
     """
 
     def __init__(
@@ -93,8 +95,9 @@ class Codec:
         offload: bool = False,
         captioner: Captioner | None = None,
         source: Path | None = None,
+        in_step: bool = False,
     ) -> None:
-        self._source = source
+        self._source, self._in_step = source, in_step
         self.config = components.config
         self.components = components
         self.summary = ModelSummary(
@@ -161,9 +164,16 @@ class Codec:
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"device {device!r} cannot be used: {error}") from error
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write the model directory that `from_pretrained` reads, with its card and notice."""
-        self.components.save(Path(directory))
+    def save_pretrained(self, directory: str | Path, *, half: bool | None = None) -> None:
+        """Write the model directory that `from_pretrained` reads, with its card and notice.
+
+        Args:
+            directory: is made if missing.
+            half: store float16 weights; None does as the model's own files do.
+        """
+        if half is None:
+            half = self._source is not None and is_half(self._source)
+        self.components.save(Path(directory), half=half)
         if self._source is not None:
             carry_texts(self._source, Path(directory))
 
@@ -174,6 +184,7 @@ class Codec:
         private: bool = False,
         token: str | None = None,
         licence: str | None = None,
+        half: bool | None = None,
     ) -> str:
         """Upload the model directory to the hub; returns the commit's address.
 
@@ -183,19 +194,27 @@ class Codec:
             token: of the hub; None takes that of ``hf auth login``.
             licence: SPDX-like name for the card, if the model has no card of its own; see
                 `percov2.model_card.write_model_card`.
+            half: see `save_pretrained`.
+
+        Raises:
+            ValueError: a licence that the card cannot name.
         """
         import tempfile
 
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, half=half)
             # A card that was edited on the hub alone stays.
             if not api.file_exists(repo_id, CARD_NAME):
                 write_model_card(Path(folder), model=repo_id, licence=licence)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            # Parts of another model that was there would be loaded with this one.
+            patterns = [f"{name}/*" for name in COMPONENT_FOLDERS]
+            return str(
+                api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=patterns)
+            )
 
     # -- image -> bytes ------------------------------------------------------------------------
 
@@ -219,8 +238,8 @@ class Codec:
             schedule_steps: send only the first so many token groups; the decoder invents the
                 rest (hybrid mode). None sends all.
             max_bytes: the file's largest size. If it does not fit, the caption is left out, then
-                tokens are chosen cheaper, then token groups are left out from the last one on;
-                see `percov2.rate_control`.
+                tokens are chosen cheaper, then token groups are left out from the last one on,
+                of the most similar tokens with which they fit; see `percov2.rate_control`.
             rate_weight: similarity that a bit is worth in the choice of a token, with
                 ``max_bytes`` the first one tried; 0 ignores bits, None is the model's default.
                 See `percov2.token_chooser`.
@@ -402,6 +421,8 @@ class Codec:
         cut = allow_truncated and not is_intact(data)
         stream = self._parse(data, verify=not cut)
         caption, tokens = self._read_cut(stream) if cut else self._read(stream)
+        if cut:
+            logger.warning("%s", self._describe_cut(stream, tokens))
         tokens = self._coders[False].fill(tokens, seed=seed)
         latents = self._paint(tokens, caption, steps=steps, guidance=guidance, seed=seed)
         with torch.no_grad():
@@ -445,12 +466,33 @@ class Codec:
                 f"truncated stream: its {len(stream.payload)} bytes of payload do not hold the "
                 "first group of tokens"
             )
-        logger.warning(
-            "truncated stream: %d of %d groups are whole, the rest is invented; unverified",
-            whole,
-            num_groups(groups),
-        )
         return caption, tokens
+
+    def _describe_cut(self, stream: Stream, tokens: Tokens) -> str:
+        """For the user, of what `_read_cut` has read."""
+        groups = self._coders[False].groups(*tokens.shape)
+        whole, total = len(np.unique(groups[tokens >= 0])), num_groups(groups)
+        if whole == self._steps_sent(stream):
+            return (
+                f"damaged stream: nothing is missing, but its checksum fails: any of its {whole} "
+                f"groups of tokens may be wrong; unverified"
+            )
+        return (
+            f"truncated stream: {whole} of {total} groups are whole, the rest is invented; "
+            "unverified"
+        )
+
+    def steps_whole(self, data: bytes) -> int:
+        """How many token groups a stream determines, whose end may be missing.
+
+        Raises:
+            BitstreamError: not a stream of this model, or nothing is left of it.
+        """
+        stream = self._parse(data, verify=False)
+        if is_intact(data):
+            return self._steps_sent(stream)
+        _, tokens = self._read_cut(stream)
+        return len(np.unique(self._coders[False].groups(*tokens.shape)[tokens >= 0]))
 
     def _read_cut_caption(self, decoders: tuple[RangeDecoder, RangeDecoder]) -> str:
         try:
@@ -474,7 +516,10 @@ class Codec:
         )
         condition, prediction = parts.latent_decoder.condition(features)
         noise = seeded_noise(prediction.shape, seed=seed).to(self.device)
-        # Text encoders may be the slowest part: none runs for a caption that guidance leaves out.
+        # Text encoders may be the slowest part: none runs for a caption that guidance leaves out,
+        # and without a caption there is nothing to be guided by.
+        if not caption and not self._in_step:
+            guidance = 0.0
         captions = {0.0: [""], 1.0: [caption]}.get(guidance, ["", caption])
         with self._in_use(self.components.text_conditioner) as encoder:
             text = encoder(captions)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, SD3Transformer2DModel
+from safetensors import safe_open
 from torch import nn
 
 from percov2.analysis.autoencoder import (
@@ -30,13 +31,18 @@ from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.schedules import SCHEDULES
 from percov2.entropy.token_choice import check_choice_weights
 from percov2.entropy.token_coder import TokenCoder
+from percov2.files import give_usual_permissions
 from percov2.messages import one_line
 from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow import Flow
 from percov2.synthesis.latent_decoder import LatentDecoder
 from percov2.synthesis.sampler import Tiling
 from percov2.synthesis.sharpening import check_amount
-from percov2.synthesis.text_conditioner import TextConditioner
+from percov2.synthesis.text_conditioner import (
+    ENCODER_FOLDERS,
+    TOKENIZER_FOLDERS,
+    TextConditioner,
+)
 
 M = TypeVar("M", bound=ModelMixin)
 
@@ -151,6 +157,7 @@ class TokenizerComponents:
         self.latent_decoder.save_pretrained(directory / "latent_decoder")
         self.masked_transformer.save_pretrained(directory / "masked_transformer")
         _forget_paths(directory)
+        give_usual_permissions(directory)
 
     @classmethod
     def load(cls, directory: Path) -> TokenizerComponents:
@@ -229,6 +236,20 @@ def load_component(
     return loaded
 
 
+COMPONENT_FOLDERS = (
+    *("autoencoder", "vae", "hyper_encoder", "quantizer", "latent_decoder", "masked_transformer"),
+    *("transformer", *ENCODER_FOLDERS, *TOKENIZER_FOLDERS),
+)
+"""All that a model directory may hold; no model holds them all."""
+
+
+def is_half(directory: Path) -> bool:
+    """Whether a model directory holds float16 weights, as `CodecComponents.save` writes them."""
+    files = sorted((directory / "quantizer").glob("*.safetensors"))
+    with safe_open(files[0], "pt") as weights:
+        return bool(weights.get_slice("codebook").get_dtype() == "F16")
+
+
 def _forget_paths(directory: Path) -> None:
     """Take out of the written configurations where on this machine the weights came from."""
     for path in directory.glob("*/config.json"):
@@ -244,6 +265,7 @@ def save_autoencoder(autoencoder: Autoencoder, directory: Path) -> None:
     else:
         assert isinstance(autoencoder, PatchAutoencoder)
         autoencoder.save_pretrained(directory / "autoencoder")
+    give_usual_permissions(directory)
 
 
 def load_autoencoder(directory: Path) -> Autoencoder:
@@ -331,6 +353,7 @@ class CodecComponents:
         self.transformer.save_pretrained(directory / "transformer")
         self.text_conditioner.save_pretrained(directory)
         _forget_paths(directory)
+        give_usual_permissions(directory)
         model_id = compute_model_id(
             self.tokenizer.masked_transformer,
             self.tokenizer.quantizer.codebook,
@@ -356,6 +379,10 @@ class CodecComponents:
         parts = {
             name: copy.deepcopy(module).half() for name, module in self.tokenizer.modules().items()
         }
+        quantizer = parts["quantizer"]
+        # Counts and sums of a large batch are beyond float16, and training goes on from them.
+        for name in ("ema_counts", "ema_sums"):
+            setattr(quantizer, name, getattr(self.tokenizer.quantizer, name).clone())
         return replace(
             self,
             tokenizer=TokenizerComponents(**parts),  # type: ignore[arg-type]

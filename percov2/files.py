@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,12 @@ DAMAGED_WEIGHTS = (
     ValueError,
     pickle.UnpicklingError,
 )
+_PRIVATE = 0o600
 IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif", ".avif")
+    (
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".dib"),
+        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif"),
+    )
 )
 
 
@@ -52,6 +57,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def give_usual_permissions(folder: Path) -> None:
+    """Make weights below a folder as readable as any new file there (umask).
+
+    safetensors writes a temporary file that its owner alone may read, and renames it.
+    """
+    probe = folder / f".{secrets.token_hex(8)}"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        if stat.S_IMODE(path.stat().st_mode) == _PRIVATE:
+            path.chmod(mode)
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import NoReturn
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from percov2.training.callbacks.export import ExportModel, NothingTrainedError
+from percov2.training.callbacks.export import CONFIG, ExportModel, NothingTrainedError
+from percov2.training.callbacks.last_checkpoint import LastCheckpoint
+from percov2.training.callbacks.stop_on_signal import StoppedBySignal
 from percov2.training.checkpointing import AtomicCheckpointIO, resolve_checkpoint
 from percov2.training.config_errors import explain
 from percov2.training.convert import convert
 from percov2.training.resume import check_checkpoint
 from percov2.training.strategy import ZeroStrategy
-
-CONFIG = "training.yaml"
-"""The last file that a run writes into its model directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,6 @@ class FitCLI(LightningCLI):
         args: command line; None for that of the process.
     """
 
-    parser_class = FitParser
-
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             model_class=L.LightningModule,
@@ -91,7 +90,9 @@ class FitCLI(LightningCLI):
             subclass_mode_data=True,
             run=False,
             args=args,
-            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=FitParser,
+            # Abbreviations would let a slip of the pen set another field.
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False},
             save_config_kwargs={"overwrite": True},
         )
 
@@ -104,6 +105,19 @@ class FitCLI(LightningCLI):
         """The model directories that training ends with."""
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [one.directory for one in callbacks if isinstance(one, ExportModel)]
+
+    def checkpoint(self) -> Path | None:
+        """What ``--ckpt_path`` means; ``auto`` looks where this run's callbacks write.
+
+        Raises:
+            ValueError: there is no such path, or nothing that writes one.
+        """
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        kinds = (LastCheckpoint, ModelCheckpoint)
+        folders = [one.dirpath for one in callbacks if isinstance(one, kinds)]
+        return resolve_checkpoint(
+            self.config.ckpt_path, [Path(folder) for folder in folders if folder is not None]
+        )
 
     def write_config(self, directory: Path) -> None:
         """The resolved configuration as ``training.yaml``, beside the weights it led to."""
@@ -149,11 +163,12 @@ def main(args: list[str] | None = None) -> L.Trainer:
         NothingTrainedError: the run had ended and its model is there.
         ValueError: a field, a file or a checkpoint is wrong; says which.
         SystemExit: the configuration cannot be parsed (code 2, the reason on stderr).
+        StoppedBySignal: a signal ended the run (code 85); it can be resumed.
     """
     cli = FitCLI(args)
     run = Path(cli.config.vars.run)
     check_writable(run)
-    checkpoint = resolve_checkpoint(cli.config.ckpt_path, run / "checkpoints")
+    checkpoint = cli.checkpoint()
     if not isinstance(cli.trainer.strategy, ZeroStrategy):
         cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     if checkpoint is not None:
@@ -168,9 +183,15 @@ def main(args: list[str] | None = None) -> L.Trainer:
             assert checkpoint is not None
             for directory in missing:
                 cli.export_checkpoint(checkpoint, directory)
+    except (
+        SIGTERMException
+    ) as error:  # of Lightning's own handler: its exit code is that of success
+        raise StoppedBySignal from error
     if cli.trainer.is_global_zero:
         for directory in cli.exports():
             cli.write_config(directory)
+    # Schedulers end what is left of a job some time after its first process has ended.
+    cli.trainer.strategy.barrier("export")
     return cli.trainer
 
 

@@ -55,6 +55,8 @@ _WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _GREY_MODES = ("1", "L", "LA", "La")
 _PROFILE_MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab ": "LAB"}
 _MAX_PNG_KEY = 79
+# TIFF's tags.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
 def check_size(width: int, height: int) -> None:
@@ -94,18 +96,24 @@ def read_image(path: Path) -> tuple[Image.Image, list[str]]:
             check_size(*picture.size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        notes: list[str] = []
         with _named_damage(path):
-            _load_first_frame(picture)
+            if getattr(picture, "is_animated", False):
+                picture.seek(0)
+            picture.load()
+            if picture.format == "PNG":
+                _mend_png(picture, path, notes)
         try:
-            return to_srgb(picture)
+            image, more = to_srgb(picture)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    return image, notes + more
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
     """Bring a picture of any mode to upright, opaque, 8-bit sRGB.
 
-    In this order: first frame; grey of more than 8 bits scaled, not clipped; colours converted by
+    In this order: the frame that it shows; grey of more than 8 bits scaled; colours converted by
     the embedded ICC profile (perceptual intent) or, without one, by Pillow's default for the mode;
     alpha composited on white; EXIF orientation applied.
 
@@ -117,8 +125,12 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
         ValueError: Floating-point pixels that are not finite.
     """
     notes: list[str] = []
-    if _load_first_frame(image):
-        notes.append("only the first of several frames or pages is kept")
+    image.load()
+    if getattr(image, "is_animated", False):
+        which = "the first" if image.tell() == 0 else f"number {image.tell() + 1}"
+        notes.append(f"only {which} of several frames or pages is kept")
+    if image.mode not in _WIDE_MODES and max(_tiff_tag(image, _BITS_PER_SAMPLE, (8,))) > 8:
+        notes.append("reduced to 8 bits")
     colour, alpha = _split_alpha(image, notes)
     result = _colour_to_srgb(colour, image.info.get("icc_profile"), notes)
     if alpha is not None and alpha.getextrema() != (255, 255):
@@ -183,13 +195,28 @@ def _named_damage(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _load_first_frame(image: Image.Image) -> bool:
-    """Decode the first frame; returns whether there are more."""
-    several = bool(getattr(image, "is_animated", False))
-    if several:
-        image.seek(0)
-    image.load()
-    return several
+def _mend_png(picture: Image.Image, path: Path, notes: list[str]) -> None:
+    """What Pillow makes of bit depths: grey of less than 8 bits is scaled, the transparent grey is
+    not; colours of 16 bits lose their low byte, the transparent colour the high one."""
+    with path.open("rb") as file:
+        depth, colours = file.read(26)[24:]  # of the first chunk, IHDR
+    grey = colours == 0
+    clear = picture.info.get("transparency")
+    if grey and depth < 8 and isinstance(clear, int) and picture.mode == "L":
+        picture.info["transparency"] = clear * 255 // ((1 << depth) - 1)
+    if depth == 16 and not grey:
+        notes.append("reduced to 8 bits")
+        if picture.info.pop("transparency", None) is not None:
+            notes.append("a transparent colour of 16 bits is ignored")
+
+
+def _tiff_tag(image: Image.Image, tag: int, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Values of a tag of a TIFF; of other pictures the default."""
+    tags = getattr(image, "tag_v2", None)
+    if image.format != "TIFF" or tags is None:
+        return default
+    found = tags.get(tag, default)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _split_alpha(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
@@ -212,22 +239,35 @@ def _split_alpha(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Ima
 def _split_wide(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
     """Scale grey of more than 8 bits to 8 bits.
 
-    Integers are 16-bit samples: black is 0, white 65535. For floats white is the least of 1, 255
-    and 65535 that holds all samples. Samples outside 0 to 65535 are stretched instead: black is the
-    least sample, white the greatest.
+    Integers are samples of 16 bits, or of as many as a TIFF says: black is 0, white 65535. For
+    floats white is the least of 1, 255 and 65535 that samples exceed by no more than half, as
+    overshoot of a filter does; what lies outside is clipped. Samples farther out are stretched
+    instead: black is the least sample, white the greatest.
     """
     samples = np.asarray(image)
-    low, high = 0.0, 65535.0
+    (bits, *_), (kind, *_) = (
+        _tiff_tag(image, tag, default)
+        for tag, default in ((_BITS_PER_SAMPLE, (16,)), (_SAMPLE_FORMAT, (1,)))
+    )
+    if image.format == "TIFF" and image.mode == "I" and (bits, kind) == (32, 1):
+        samples = samples.view(np.uint32)  # Pillow takes them for signed
     least, greatest = float(samples.min()), float(samples.max())
     if not np.isfinite([least, greatest]).all():
         raise ValueError("picture has samples that are NaN or infinite: replace them by numbers")
-    if least < low or greatest > high:
-        low, high = least, greatest
-    elif image.mode == "F":
-        high = next(white for white in (1.0, 255.0, 65535.0) if greatest <= white)
+    if image.mode == "F":
+        whites = [w for w in (1.0, 255.0, 65535.0) if -w / 2 <= least and greatest <= 1.5 * w]
+    else:
+        white = float((1 << min(bits, 16)) - 1)
+        whites = [white] if least >= 0 and greatest <= white else []
+    low, high = (0.0, whites[0]) if whites else (least, greatest)
     scaled = samples.astype(np.float64)
     scaled -= low
     scaled *= 255.0 / (high - low if high > low else 1.0)
+    if least < low or greatest > high:
+        notes.append("samples beyond black and white are clipped")
+        np.clip(scaled, 0.0, 255.0, out=scaled)
+    if _tiff_tag(image, _PHOTOMETRIC, (1,)) == (0,):  # WhiteIsZero
+        np.subtract(255.0, scaled, out=scaled)
     notes.append(f"grey reduced to 8 bits: black is {low:g}, white is {high:g}")
     grey = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     clear = image.info.get("transparency")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from percov2.bitstream import Stream
+from percov2.bitstream import BitstreamError, Stream
 from percov2.entropy.caption_coder import CaptionCoder
 from percov2.entropy.range_coder import RangeDecoder
 from percov2.model_store import ModelSummary, find_preset, resolve_summary
@@ -22,6 +22,11 @@ def png_metadata(description: dict[str, Any]) -> dict[str, str]:
         "percov2:bytes": str(description["bytes"]["total"]),
         "percov2:bpp": f"{description['bpp']:.6f}",
     }
+    if not description.get("verified", True):
+        metadata["percov2:unverified"] = (
+            f"the stream was cut or damaged: {description['steps_whole']} of its "
+            f"{description['steps_sent']} token groups could be read"
+        )
     if description["caption"]:
         # PNG ends a text at NUL.
         metadata["Description"] = description["caption"].replace("\0", "\\0")
@@ -76,6 +81,10 @@ def describe(data: bytes, summary: ModelSummary | None, *, verify: bool = True) 
     total = None
     if summary is not None and known:
         total = summary.steps_total(stream.width, stream.height)
+        if stream.steps_sent is not None and stream.steps_sent > total:
+            raise BitstreamError(
+                f"inconsistent stream: it claims {stream.steps_sent} of {total} token groups"
+            )
     return {
         "width": stream.width,
         "height": stream.height,

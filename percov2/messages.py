@@ -16,3 +16,11 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an exception without line breaks; its type's name if there is none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text with what would move a terminal's cursor, or worse, spelled out."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode()
+        for one in text
+    )

@@ -134,26 +134,33 @@ def _local_directory(model: str) -> Path | None:
     path = Path(model)
     if path.is_dir():
         return path
-    if model.count("/") != 1 or path.is_absolute() or model.startswith("."):
+    if model.partition("@")[0].count("/") != 1 or path.is_absolute() or model.startswith("."):
         raise ValueError(
             f"model {model!r} is neither a preset ({', '.join(preset_names())}), nor a directory, "
-            "nor a hub id (owner/name)"
+            "nor a hub id (owner/name, or owner/name@revision)"
         )
     return None
 
 
 def _fetch(model: str, *, index_only: bool) -> Path:
     """Bring a repository of the hub here; its index first, which says whether it is ours."""
+    from httpx2 import HTTPError
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, _, revision = model.partition("@")
     try:
-        directory = Path(hf_hub_download(model, INDEX_NAME)).parent
+        directory = Path(hf_hub_download(repository, INDEX_NAME, revision=revision or None)).parent
         ModelSummary.read(directory)
         if index_only:
             return directory
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        # Of the same commit, whatever has been pushed meanwhile: its folder has its name.
+        snapshot = snapshot_download(
+            repository,
+            revision=directory.name,
+            ignore_patterns=["*.bin", "*.pt", "*.ckpt", "*.pkl"],
+        )
+        return Path(snapshot)
+    except (HTTPError, OSError) as error:
         raise ValueError(
             f"cannot fetch model {model!r} from the hub ({first_line(error)}): check the name "
             "and the network; for a gated repository accept its licence and log in with "

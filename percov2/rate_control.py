@@ -36,8 +36,9 @@ def first_that_fits(
 ) -> tuple[bytes, Content]:
     """The first stream of at most ``max_bytes``, and what it is made of.
 
-    Tried are what is wanted; without caption; cheaper tokens; fewer groups. Cheaper tokens come
-    first, since a group that is not sent is invented: it costs far more fidelity for its bytes.
+    Tried are what is wanted; without caption; cheaper tokens; a group less, again from the wanted
+    to the cheapest tokens, and so on. Cheaper tokens come before fewer groups, since a group that
+    is not sent is invented: it costs far more fidelity for its bytes.
 
     Args:
         write: content to the bytes of a file.
@@ -50,14 +51,18 @@ def first_that_fits(
     """
     bare = replace(wanted, caption="")
     weights = [w for w in RATE_WEIGHTS if w > wanted.rate_weight] if cheaper else []
-    attempts = [wanted, bare, *(replace(bare, rate_weight=w) for w in weights)]
-    attempts += [replace(bare, steps=kept) for kept in range(wanted.steps - 1, 0, -1)]
-    data = b""
+    attempts = [wanted] + [
+        replace(bare, steps=kept, rate_weight=weight)
+        for kept in range(wanted.steps, 0, -1)
+        for weight in (wanted.rate_weight, *weights)
+    ]
+    smallest = None
     for content in dict.fromkeys(attempts):
         data = write(content)
         if len(data) <= max_bytes:
             return data, content
+        smallest = len(data) if smallest is None else min(smallest, len(data))
     raise ValueError(
-        f"nothing fits in {max_bytes} bytes: the first group alone takes {len(data)}; allow "
+        f"nothing fits in {max_bytes} bytes: the first group alone takes {smallest}; allow "
         "more bytes, or use a model of a lower rate"
     )

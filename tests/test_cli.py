@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 
 import percov2
 from percov2 import cli
+from percov2.bitstream import Stream
 from percov2.cli import main
 
 
@@ -101,8 +104,12 @@ def test_a_cut_stream_is_shown_unverified_if_that_is_asked_for(
     command = ["decompress", str(stream), str(out), "--steps", "1", *model]
     capsys.readouterr()
     assert main([*command, "--allow-truncated"]) == 0
-    assert json.loads(capsys.readouterr().out)["verified"] is True
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["verified"] is True
+    assert whole["steps_whole"] == whole["steps_sent"]
     assert "truncated" not in caplog.text
+    with Image.open(out) as image:
+        assert "percov2:unverified" not in image.text
     out.unlink()
     stream.write_bytes(stream.read_bytes()[:-40])
     assert main(command) == 2
@@ -113,8 +120,13 @@ def test_a_cut_stream_is_shown_unverified_if_that_is_asked_for(
     assert described["verified"] is False
     assert described["bytes"]["total"] == stream.stat().st_size
     assert "groups are whole, the rest is invented; unverified" in caplog.text
+    kept, sent = described["steps_whole"], described["steps_sent"]
+    assert 1 <= kept < sent
     with Image.open(out) as image:
         assert image.size == (256, 256)
+        assert f"{kept} of its {sent} token groups" in image.text["percov2:unverified"]
+    assert main([*command[:-1], "--allow-truncated"]) == 0
+    assert f"({kept} of them could be read, unverified)" in capsys.readouterr().out
 
 
 def test_a_largest_size_is_kept_and_what_was_left_out_is_told(
@@ -189,6 +201,74 @@ def test_a_folder_with_a_bad_file_does_the_rest_and_exits_1(
     assert (pictures / "deep" / "b.png").is_file()
 
 
+def test_a_folder_within_its_own_output_loses_nothing(
+    tmp_path: Path,
+    photograph: Image.Image,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    streams, below = tmp_path / "streams", tmp_path / "streams" / "small"
+    below.mkdir(parents=True)
+    photograph.save(tmp_path / "p.png")
+    photograph.resize((64, 48)).save(tmp_path / "q.png")
+    model = ["--model", str(tiny_model)]
+    for picture, stream in (("p.png", streams / "c.pcv2"), ("q.png", below / "c.pcv2")):
+        assert main(["compress", str(tmp_path / picture), str(stream), *model]) == 0
+    other = (below / "c.pcv2").read_bytes()
+    # OUT within IN: what lies in OUT is no input.
+    for _ in range(2):
+        assert main(["truncate", str(streams), str(below), "--steps", "1", *model]) == 0
+    assert sorted(path.name for path in below.rglob("*")) == ["c.pcv2"]
+    # IN within OUT, and an output that is an input of the same run.
+    deep = below / "small"
+    deep.mkdir()
+    (deep / "c.pcv2").write_bytes(other)
+    capsys.readouterr()
+    assert main(["truncate", str(below), str(streams), "--steps", "1", *model]) == 1
+    assert "is one of the inputs: name another OUT" in capsys.readouterr().err
+    assert percov2.info((below / "c.pcv2").read_bytes())["width"] == photograph.width
+
+
+def test_a_pipe_in_a_folder_is_a_failure_and_not_waited_for(
+    stream: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.mkfifo(folder / "a.pcv2")
+    shutil.copy(stream, folder / "z.pcv2")
+    command = ["truncate", str(folder), str(tmp_path / "out"), "--steps", "1"]
+    assert main([*command, "--model", str(tiny_model)]) == 1
+    assert "a.pcv2: is no regular file" in capsys.readouterr().err
+    assert (tmp_path / "out" / "z.pcv2").is_file()
+
+
+def test_a_huge_file_is_no_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = tmp_path / "huge.pcv2"
+    with huge.open("wb") as file:
+        file.truncate(10**10)
+    assert main(["info", str(huge)]) == 2
+    assert "larger than any stream" in _one_line(capsys)
+
+
+def test_names_cannot_write_lines_of_their_own(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "new\nline\x1b[31m.png").write_bytes(b"junk")
+    command = ["compress", str(folder), str(tmp_path / "out"), "--model", str(tiny_model)]
+    assert main(command) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("percov2")]
+    assert len(lines) == 2
+    assert r"new line\x1b[31m.png: not a picture" in lines[0]
+    assert lines[0].count(".png") == 1
+
+
+def test_doctor_names_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "xpu"]) == 2
+    assert "device xpu cannot be used" in _one_line(capsys)
+
+
 def test_names_that_the_file_system_does_not_tell_apart_are_not_overwritten(
     tmp_path: Path,
     photograph: Image.Image,
@@ -242,6 +322,28 @@ def test_a_damaged_stream_is_one_line_exit_2_and_leaves_an_old_output_alone(
     assert main(["decompress", str(stream), str(out), "--model", str(tiny_model)]) == 2
     assert "checksum" in _one_line(capsys)
     assert out.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("bit", range(16))
+def test_a_damaged_model_id_is_damage(
+    stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bit: int
+) -> None:
+    data = bytearray(stream.read_bytes())
+    data[4 + bit // 8] ^= 1 << bit % 8
+    stream.write_bytes(bytes(data))
+    capsys.readouterr()
+    assert main(["decompress", str(stream), str(tmp_path / "o.png")]) == 2
+    assert "checksum" in _one_line(capsys)
+
+
+def test_more_groups_than_there_are_is_inconsistent(
+    stream: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = replace(Stream.from_bytes(stream.read_bytes()), steps_sent=63)
+    stream.write_bytes(forged.to_bytes())
+    capsys.readouterr()
+    assert main(["info", str(stream), "--model", str(tiny_model)]) == 2
+    assert "it claims 63 of" in _one_line(capsys)
 
 
 def test_a_stream_of_no_preset_asks_for_its_model(

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -259,6 +261,27 @@ def test_pictures_get_grain_as_told_or_as_the_model_says(
     assert grained.compress(photograph) == data, "the stream does not depend on it"
     assert np.array_equal(grained.decompress(data, steps=1, seed=5), told)
     assert np.array_equal(grained.decompress(data, steps=1, seed=5, grain=0.0), plain)
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_without_a_caption_guidance_costs_nothing(
+    codec: Codec, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch, in_step: bool
+) -> None:
+    data = codec.compress(photograph, caption="")
+    calls = []
+    forward = codec.components.transformer.forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(codec.components.transformer, "forward", counted)
+    monkeypatch.setattr(codec, "_in_step", in_step)
+    guided = codec.decompress(data, steps=3, guidance=3.0)
+    assert len(calls) == (6 if in_step else 3)
+    plain = np.asarray(codec.decompress(data, steps=3, guidance=1.0))
+    # Both velocities are equal, so that their difference is rounding.
+    assert np.abs(np.asarray(guided).astype(int) - plain).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -580,6 +603,20 @@ def test_a_cut_file_becomes_a_picture_only_if_that_is_asked_for(
     assert np.array_equal(*pictures)
     assert pictures[0].shape == (256, 256, 3)
     assert "groups are whole, the rest is invented; unverified" in caplog.text
+    total = codec.summary.steps_total(256, 256)
+    assert 1 <= codec.steps_whole(cut) < total
+    assert f"{codec.steps_whole(cut)} of {total} groups are whole" in caplog.text
+    assert codec.steps_whole(data) == total
+
+
+def test_a_damaged_file_is_not_called_a_cut_one(
+    codec: Codec, photograph: Image.Image, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = bytearray(codec.compress(photograph.resize((256, 256)), caption=""))
+    data[len(data) // 2] ^= 0x55
+    codec.decompress(bytes(data), steps=1, allow_truncated=True)
+    (message,) = caplog.messages
+    assert message.startswith("damaged stream: nothing is missing, but its checksum fails")
 
 
 def test_allowing_cuts_changes_nothing_for_a_whole_file(
@@ -621,8 +658,7 @@ def test_what_fits_is_sent_with_the_least_left_out(
     weights = [0.0] if uniform else [0.0, *RATE_WEIGHTS]
     attempts = [
         (total, caption, 0.0),
-        *((total, "", weight) for weight in weights),
-        *((steps, "", 0.0) for steps in range(total - 1, 0, -1)),
+        *((steps, "", weight) for steps in range(total, 0, -1) for weight in weights),
     ]
     files = {
         (steps, text, weight): codec.compress(
@@ -634,7 +670,7 @@ def test_what_fits_is_sent_with_the_least_left_out(
         )
         for steps, text, weight in attempts
     }
-    largest, smallest = len(files[attempts[0]]), len(files[attempts[-1]])
+    largest, smallest = len(files[attempts[0]]), min(map(len, files.values()))
 
     def fitted(most: int) -> bytes:
         caplog.clear()
@@ -650,13 +686,15 @@ def test_what_fits_is_sent_with_the_least_left_out(
         told += f", rate weight {weight:g}" if weight else ""
         assert caplog.messages == [f"to fit {most} bytes: {told}"]
         seen.add((steps, weight))
-    # Cheap tokens of all groups may take fewer bytes than the nearest ones of most.
-    assert {steps for steps, _ in seen} >= ({*range(1, total + 1)} if uniform else {1, total})
+    assert {steps for steps, _ in seen} == {*range(1, total + 1)}
     assert (len({weight for _, weight in seen}) > 1) != uniform
 
 
 def test_a_size_that_nothing_fits_in_is_refused(codec: Codec, photograph: Image.Image) -> None:
-    smallest = len(codec.compress(photograph, caption="", schedule_steps=1))
+    smallest = min(
+        len(codec.compress(photograph, caption="", schedule_steps=1, rate_weight=weight))
+        for weight in (0, *RATE_WEIGHTS)
+    )
     message = f"nothing fits in {smallest - 1} bytes: the first group alone takes {smallest}"
     with pytest.raises(ValueError, match=message):
         codec.compress(photograph, caption="a b", max_bytes=smallest - 1)
@@ -709,6 +747,75 @@ def test_card_and_notice_go_along_with_a_saved_model(tiny_model: Path, tmp_path:
     percov2.load(str(source)).save_pretrained(tmp_path / "copy")
     for name in ("README.md", "NOTICE"):
         assert (tmp_path / "copy" / name).read_text() == f"the {name} of the model\n"
+
+
+def test_a_model_is_stored_as_precisely_as_it_was(
+    codec: Codec, tiny_model: Path, tmp_path: Path
+) -> None:
+    def size(directory: Path) -> int:
+        return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+    codec.save_pretrained(tmp_path / "half", half=True)
+    half = percov2.load(str(tmp_path / "half"))
+    half.save_pretrained(tmp_path / "again")
+    half.save_pretrained(tmp_path / "float", half=False)
+    codec.save_pretrained(tmp_path / "as_it_was")
+    assert size(tmp_path / "again") == size(tmp_path / "half") < 0.6 * size(tmp_path / "float")
+    assert size(tmp_path / "as_it_was") == size(tiny_model)
+    ids = {percov2.load(str(tmp_path / n)).config.model_id for n in ("half", "again", "float")}
+    assert len(ids) == 1
+
+
+class _Hub:
+    """Stands in for `HfApi`: writes down what is asked of it."""
+
+    def __init__(self, token: str | None) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        made.append(self)
+
+    def file_exists(self, repo_id: str, name: str) -> bool:
+        return False
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create", options))
+
+    def upload_folder(self, *, folder_path: str, **options: Any) -> str:
+        names = {str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*")}
+        self.calls.append(("upload", {**options, "names": names}))
+        return "https://somewhere/commit"
+
+
+made: list[_Hub] = []
+
+
+def test_a_pushed_model_replaces_all_parts_of_another(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", _Hub)
+    made.clear()
+    assert codec.push_to_hub("owner/name", private=True) == "https://somewhere/commit"
+    (_, created), (_, uploaded) = made[0].calls
+    assert created == {"private": True, "exist_ok": True}
+    assert {"model_index.json", "README.md", "quantizer"} <= uploaded["names"]
+    patterns = uploaded["delete_patterns"]
+    for folder in ("text_encoder_3", "tokenizer_3", "vae", "autoencoder", "transformer"):
+        name = f"{folder}/model-00001-of-00002.safetensors"
+        assert any(fnmatch(name, one) for one in patterns), folder
+    assert not any(fnmatch("README.md", one) for one in patterns)
+
+
+def test_no_repository_is_made_for_a_model_that_cannot_be_written(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no such licence")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", _Hub)
+    monkeypatch.setattr("percov2.codec.write_model_card", refuse)
+    made.clear()
+    with pytest.raises(ValueError, match="no such licence"):
+        codec.push_to_hub("owner/name")
+    assert made[0].calls == []
 
 
 def test_unknown_device_and_dtype_are_refused(tiny_model: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +24,13 @@ from percov2.components import (
     CodecConfig,
     TokenizerComponents,
     compute_model_id,
+    is_half,
     load_autoencoder,
     load_component,
     read_index,
     save_autoencoder,
 )
+from percov2.data.cached import save_empty
 from percov2.entropy.schedules import SCHEDULES
 from percov2.model_store import INDEX_NAME
 from percov2.synthesis.flow_transformer import predict_velocity
@@ -190,8 +195,40 @@ def test_half_stores_float16_and_leaves_the_model_alone(
         assert torch.equal(value, before[key]), key
     stored = [load_file(path) for path in tmp_path.rglob("*.safetensors")]
     assert len(stored) == len(FOLDERS) + 3
-    dtypes = {value.dtype for state in stored for value in state.values()}
+    dtypes = {
+        value.dtype
+        for state in stored
+        for name, value in state.items()
+        if not name.startswith("ema_")
+    }
     assert dtypes - {torch.int64} == {torch.float16}
+    assert is_half(tmp_path)
+
+
+def test_half_keeps_counts_beyond_float16(components: CodecComponents, tmp_path: Path) -> None:
+    quantizer = copy.deepcopy(components.tokenizer.quantizer)
+    quantizer.ema_counts[3] = 7e4
+    tokenizer = replace(components.tokenizer, quantizer=quantizer)
+    replace(components, tokenizer=tokenizer).save(tmp_path, half=True)
+    found = CodecComponents.load(tmp_path).tokenizer.quantizer
+    assert torch.equal(found.ema_counts, quantizer.ema_counts)
+    assert torch.equal(found.ema_sums, quantizer.ema_sums)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_weights_are_as_readable_as_any_new_file(
+    components: CodecComponents, tmp_path: Path, mask: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        components.save(tmp_path / "model")
+        components.tokenizer.save(tmp_path / "tokenizer")
+        save_empty(tmp_path / "empty.safetensors", torch.ones(2, 3), torch.ones(3))
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) > 10
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~mask}
 
 
 def test_half_model_has_the_id_of_its_rounded_weights(
@@ -203,7 +240,8 @@ def test_half_model_has_the_id_of_its_rounded_weights(
     assert model_id(loaded) == loaded.config.model_id != components.config.model_id
     assert replace(loaded.config, model_id=components.config.model_id) == components.config
     for key, value in weights(components).items():
-        assert torch.equal(weights(loaded)[key], value.half().to(value.dtype)), key
+        rounded = value if "ema_" in key else value.half().to(value.dtype)
+        assert torch.equal(weights(loaded)[key], rounded), key
     # Rounded weights are kept by rounding again, and by full precision.
     for half in (True, False):
         loaded.save(tmp_path / f"{half}", half=half)

@@ -150,11 +150,18 @@ def test_cmyk_jpeg() -> None:
     assert np.abs(pixels(result) - pixels(photo())).mean() < 4
 
 
-def test_animation_gives_its_first_frame() -> None:
+def test_animation_gives_the_frame_that_it_shows(tmp_path: Path) -> None:
     frames = [photo(), ImageOps.invert(photo())]
     source = reopened(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    source.seek(1)
-    result, notes = to_srgb(source)
+    for number, which in enumerate(("the first", "number 2")):
+        source.seek(number)
+        result, notes = to_srgb(source)
+        assert source.tell() == number
+        assert notes == [f"only {which} of several frames or pages is kept"]
+        assert np.array_equal(pixels(result), pixels(frames[number]))
+    file = tmp_path / "animation.webp"
+    frames[0].save(file, save_all=True, append_images=frames[1:], lossless=True)
+    result, notes = read_image(file)
     assert notes == ["only the first of several frames or pages is kept"]
     assert np.array_equal(pixels(result), pixels(frames[0]))
 
@@ -191,6 +198,100 @@ def test_samples_beyond_16_bits_are_stretched_not_clipped() -> None:
     result, notes = to_srgb(Image.fromarray(samples))
     assert notes == ["grey reduced to 8 bits: black is -1000, white is 261140"]
     assert np.abs(pixels(result)[..., 0] - RAMP_16 / 257).max() < 0.51
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0])
+def test_overshoot_of_floats_is_clipped(white: float) -> None:
+    samples = (RAMP_16 / 65535 * white).astype(np.float32)
+    plain, _ = to_srgb(Image.fromarray(samples))
+    samples[0, :2] = -0.01 * white, 1.2 * white
+    result, notes = to_srgb(Image.fromarray(samples))
+    assert notes == [
+        "samples beyond black and white are clipped",
+        f"grey reduced to 8 bits: black is 0, white is {white:g}",
+    ]
+    assert list(pixels(result)[0, :2, 0]) == [0, 255]
+    assert np.array_equal(pixels(result)[1:], pixels(plain)[1:])
+
+
+def _tiff(samples: Array, *, bits: int, photometric: int, kind: int, packed: bytes) -> bytes:
+    """An uncompressed grey TIFF of one strip."""
+    rows, cols = samples.shape
+    tags = {
+        **{256: cols, 257: rows, 258: bits, 259: 1, 262: photometric, 273: 8 + 2 + 12 * 10 + 4},
+        **{277: 1, 278: rows, 279: len(packed), 339: kind},
+    }
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    return head + packed
+
+
+@pytest.mark.parametrize(
+    ("kind", "photometric"),
+    # Pillow refuses the other two.
+    [("uint12", 1), ("uint16", 0), ("uint16", 1), ("uint32", 1), ("float32", 0), ("float32", 1)],
+)
+def test_grey_tiff_of_every_kind_is_a_ramp(kind: str, photometric: int, tmp_path: Path) -> None:
+    white = {"uint12": 4095, "uint16": 65535, "uint32": 2**32 - 1, "float32": 1.0}[kind]
+    ramp = np.linspace(0, 1, 40 * 24).reshape(24, 40)
+    samples = ramp * white
+    if kind == "uint12":
+        pairs = np.rint(samples).astype(np.uint16).reshape(-1, 2)
+        first, second = pairs[:, 0], pairs[:, 1]
+        packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+        content = packed.astype(np.uint8).tobytes()
+    else:
+        content = samples.astype(f"<{np.dtype(kind).str[1:]}").tobytes()
+    file = tmp_path / "ramp.tif"
+    bits = int(kind[-2:])
+    file.write_bytes(
+        _tiff(
+            ramp, bits=bits, photometric=photometric, kind=3 if "f" in kind else 1, packed=content
+        )
+    )
+    result, _ = read_image(file)
+    expected = 255 * (ramp if photometric else 1 - ramp)
+    assert np.abs(pixels(result)[..., 0] - expected).max() < 0.51 + 255 / 4095
+
+
+def _png(rows: bytes, *, depth: int, colours: int, clear: bytes) -> bytes:
+    """A PNG of 32x32 pixels with a transparent colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", 32, 32, depth, colours, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"tRNS", clear)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_the_transparent_grey_of_any_depth_is_found(depth: int, tmp_path: Path) -> None:
+    """The left half is the transparent value, the right half black."""
+    value = 1 if depth == 1 else 2
+    half = np.repeat([value, 0], 16)
+    bits = np.unpackbits(half[:, None].astype(np.uint8), axis=1)[:, 8 - depth :]
+    row = b"\0" + np.packbits(bits).tobytes()
+    file = tmp_path / "grey.png"
+    file.write_bytes(_png(32 * row, depth=depth, colours=0, clear=struct.pack(">H", value)))
+    result, _ = read_image(file)
+    assert (pixels(result)[:, :16] == 255).all()
+    assert (pixels(result)[:, 16:] == 0).all()
+
+
+def test_a_transparent_colour_of_16_bits_is_told_and_ignored(tmp_path: Path) -> None:
+    row = b"\0" + 32 * 3 * b"\x12\x34"
+    file = tmp_path / "wide.png"
+    file.write_bytes(_png(32 * row, depth=16, colours=2, clear=3 * b"\x12\x12"))
+    result, notes = read_image(file)
+    assert result.getextrema() == ((0x12, 0x12),) * 3
+    assert notes == ["reduced to 8 bits", "a transparent colour of 16 bits is ignored"]
 
 
 def test_constant_picture_out_of_range_does_not_divide_by_zero() -> None:

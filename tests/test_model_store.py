@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import httpx2
 import huggingface_hub.constants
 import pytest
 from hypothesis import given
@@ -121,6 +122,41 @@ def test_hub_model_in_the_cache_needs_no_network(offline_cache: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     assert resolve_model("owner/name") == repository / "snapshots" / revision
+
+
+def test_a_revision_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are of the index's commit, whatever is pushed meanwhile."""
+    write_index(tmp_path / "0a1b2c")
+    asked = []
+
+    def index(repository: str, name: str, *, revision: str | None) -> str:
+        asked.append((repository, revision))
+        return str(tmp_path / "0a1b2c" / name)
+
+    def snapshot(repository: str, *, revision: str, ignore_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        return str(tmp_path / revision)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", index)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert resolve_model("owner/name@refs/pr/2") == tmp_path / "0a1b2c"
+    assert resolve_model("owner/name") == tmp_path / "0a1b2c"
+    assert asked == [
+        ("owner/name", "refs/pr/2"),
+        ("owner/name", "0a1b2c"),
+        ("owner/name", None),
+        ("owner/name", "0a1b2c"),
+    ]
+
+
+def test_what_a_transfer_raises_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise httpx2.ReadError("connection reset\nby peer")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match=r"cannot fetch model 'owner/name' .*reset") as refused:
+        resolve_model("owner/name")
+    assert "\n" not in str(refused.value)
 
 
 # -- the index -----------------------------------------------------------------------------------

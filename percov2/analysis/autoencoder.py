@@ -240,10 +240,10 @@ class PatchAutoencoder(Autoencoder, ModelMixin, ConfigMixin):
         dim = self.mean.numel()
         patches = torch.cat(
             [
-                nn.functional.pixel_unshuffle(image, PATCH).movedim(1, -1).reshape(-1, dim)
+                nn.functional.pixel_unshuffle(image, PATCH).movedim(1, -1).reshape(-1, dim).cpu()
                 for image in images
             ]
-        ).double()
+        ).double()  # on the CPU: mps has no float64
         if patches.shape[0] <= self.latent_channels:
             raise ValueError(
                 f"{patches.shape[0]} patches cannot give {self.latent_channels} components: "

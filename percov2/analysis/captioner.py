@@ -101,6 +101,9 @@ class HubCaptioner:
                 f"captioner {model} runs code from its own repository; read that code, then pass "
                 "trust_remote_code=True, or use another captioner"
             )
+        from percov2.devices import check_device
+
+        check_device(device)
         if published_code:
             self._processor, self._model = _load_published_code(model, dtype)
         else:
@@ -216,6 +219,7 @@ def _needs_published_code(model: str) -> bool:
 
 
 def _load(model: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
@@ -227,7 +231,7 @@ def _load(model: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_loaded(model, error) from error
     network, info = loaded
     # Weights the network lacks would be drawn at random; weights it does not use change nothing.
@@ -242,6 +246,7 @@ def _load(model: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
 def _load_published_code(model: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     """Load with the code in the model's repository, which the caller has been allowed to run."""
     import transformers
+    from safetensors import SafetensorError
 
     options = {"trust_remote_code": True}
     try:
@@ -249,7 +254,7 @@ def _load_published_code(model: str, dtype: torch.dtype | None) -> tuple[Any, An
         network = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=dtype or "auto", use_safetensors=True, **options
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_loaded(model, error) from error
     except (AttributeError, ImportError, TypeError) as error:
         reason = one_line(error)
@@ -260,7 +265,7 @@ def _load_published_code(model: str, dtype: torch.dtype | None) -> tuple[Any, An
     return processor, network
 
 
-def _not_loaded(model: str, error: OSError | ValueError) -> ValueError:
+def _not_loaded(model: str, error: Exception) -> ValueError:
     """Keep the first line of transformers' message; the rest lists all it knows."""
     return ValueError(f"cannot load captioner {model}: {first_line(error)} ({REMEDY})")
 

@@ -43,7 +43,7 @@ from percov2.data.stream import Item, read_record
 from percov2.files import atomic_path
 from percov2.messages import one_line
 from percov2.model_store import resolve_model
-from percov2.synthesis.text_conditioner import CONFIG_NAME, TextConditioner
+from percov2.synthesis.text_conditioner import CONFIG_NAME, ENCODER_FOLDERS, TextConditioner
 
 NO_TEXT = "none"
 
@@ -124,7 +124,8 @@ class Summary:
         skipped: parts or input shards that an earlier run had finished.
         faults: by kind.
         filtered: by filter.
-        missing: input shards that could not be opened; the only thing that a new run tries again.
+        missing: input shards that could not be opened, or not be read to their end for a reason
+            that may pass (a connection that breaks); the only thing that a new run tries again.
     """
 
     samples: int = 0
@@ -179,10 +180,10 @@ class _Job:
         )
 
     def write_input(self, name: str, items: Iterable[Item]) -> bool:
-        """Write the parts of one input that are not there; False if it could not be opened."""
+        """Write the parts of one input that are not there; False if not all could be read now."""
         for number, part in enumerate(_batched(items, self.settings.shard_size)):
             last = part[-1]
-            if isinstance(last, FaultError) and last.kind == "missing_shard":
+            if isinstance(last, FaultError) and (last.kind == "missing_shard" or last.passing):
                 self.summary.missing.append(last.where)
                 return False
             path = self.settings.output / f"{name}-{number:04}.tar"
@@ -304,8 +305,15 @@ def _load_encoder(settings: CacheSettings) -> _Encoder:
     if settings.text_model == NO_TEXT:
         return _Encoder(autoencoder=autoencoder, text=None, device=device)
     source = directory if settings.text_model is None else resolve_model(settings.text_model)
+    has_t5 = (source / ENCODER_FOLDERS[2]).is_dir()
+    if settings.t5 and not has_t5:
+        print(
+            f"percov2.data.cache: {source} has no {ENCODER_FOLDERS[2]}: captions are stored "
+            "without T5",
+            file=sys.stderr,
+        )
     options: dict[str, Any] = {
-        "use_t5": settings.t5 and (source / "text_encoder_3").is_dir(),
+        "use_t5": settings.t5 and has_t5,
         "dtype": getattr(torch, settings.dtype),
     }
     if (source / CONFIG_NAME).is_file():

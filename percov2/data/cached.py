@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from percov2.data.faults import FaultError
@@ -89,7 +89,8 @@ def save_empty(path: Path, embeddings: Tensor, pooled: Tensor) -> None:
     """Write the embeddings (L, D) and (P,) of the empty caption."""
     tensors = {"embeddings": embeddings.half(), "pooled": pooled.half()}
     with atomic_path(path) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        content = save({name: value.contiguous() for name, value in tensors.items()})
+        temporary.write_bytes(content)
 
 
 class CachedDataModule(ShardDataModule):

@@ -27,12 +27,13 @@ class FaultError(Exception):
         kind: one of `FAULT_KINDS`.
         reason: one line for people.
         where: shard or file, if it is known where the fault is found.
+        passing: whether the source may be whole another time.
     """
 
-    def __init__(self, kind: str, reason: str, *, where: str = "") -> None:
+    def __init__(self, kind: str, reason: str, *, where: str = "", passing: bool = False) -> None:
         assert kind in FAULT_KINDS, kind
         super().__init__(kind, reason)
-        self.kind, self.reason, self.where = kind, reason, where
+        self.kind, self.reason, self.where, self.passing = kind, reason, where, passing
 
 
 class FilteredError(Exception):

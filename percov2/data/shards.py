@@ -114,9 +114,10 @@ def read_shard(shard: str, *, start: int, retry: Retry) -> Iterator[tuple[int, R
             failure = error
             if _is_permanent(shard, error):
                 break
-    missing = following == start and isinstance(failure, OSError)
-    kind = "missing_shard" if missing else "damaged_shard"
-    raise FaultError(kind, one_line(failure), where=shard) from failure
+    lost = isinstance(failure, OSError | HTTPException)
+    kind = "missing_shard" if lost and following == start else "damaged_shard"
+    passing = lost and not _is_permanent(shard, failure)
+    raise FaultError(kind, one_line(failure), where=shard, passing=passing) from failure
 
 
 def _is_permanent(shard: str, error: Exception) -> bool:

@@ -12,6 +12,7 @@ import hashlib
 import numpy as np
 import torch
 
+from percov2.devices import check_device
 from percov2.entropy.integer_transformer import IntegerTransformer
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.schedules import make_schedule, num_groups
@@ -66,8 +67,10 @@ def run(device: str) -> str:
         A line for the user.
 
     Raises:
+        ValueError: no such device.
         RuntimeError: the probabilities differ: streams of other machines would not decode here.
     """
+    check_device(device)
     found = frequencies_digest(IntegerTransformer(sample_model(), device=device))
     if found != EXPECTED:
         raise RuntimeError(

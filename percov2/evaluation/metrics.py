@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -136,7 +137,11 @@ def make_suite(names: Sequence[str], options: MetricOptions, *, captions: bool) 
                 if wanted not in suite.extractors:
                     suite.extractors[wanted] = _make_extractor(wanted, options, networks)
                 kernel = name == "kid"
-                suite.sets[name] = features.kernel_distance if kernel else features.frechet_distance
+                suite.sets[name] = (
+                    partial(features.kernel_distance, paired=True)
+                    if kernel
+                    else features.frechet_distance
+                )
         except AbsentError as error:
             suite.absent[name] = str(error)
     return suite

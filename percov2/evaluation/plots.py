@@ -241,6 +241,8 @@ def _rate_axis(axes: Axes, rates: Sequence[float]) -> None:
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 4:
             break
+    if not ticks:
+        ticks = sorted({float(f"{rate:.3g}") for rate in (min(rates), max(rates))})
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.12g}"))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -306,6 +306,8 @@ def _folder_items(folder: Path) -> list[Item]:
     for path in paths:
         # Streams and reconstructions lie in one folder each.
         name = "__".join(path.relative_to(folder).with_suffix("").parts)
+        if not name.isascii() and name != name.encode(errors="replace").decode():
+            raise ValueError(f"{path}: its name is not UTF-8: rename it")
         if name in items:
             raise ValueError(f"{items[name].path} and {path} share the name {name}: rename one")
         items[name] = Item(name=name, path=path)

@@ -331,10 +331,21 @@ class Runner:
         records = self._records(slug)
         good = [record for record in records if record.get("error") is None]
         suite = self.task.suite
-        absent = dict(suite.absent)
+        # An earlier command may have measured what this one cannot.
+        absent = {
+            name: why
+            for name, why in suite.absent.items()
+            if not good or any(record.get(name) is None for record in good)
+        }
         for name, metric in suite.pairs.items():
+            unmeasured = sum(name not in record for record in good)
             lacking = sum(record.get(name) is None for record in good)
-            if lacking:
+            if unmeasured:
+                absent[name] = (
+                    f"{unmeasured} of {len(good)} pictures were not measured: repeat the command "
+                    "that names this codec"
+                )
+            elif lacking:
                 absent[name] = f"{lacking} of {len(good)} pictures have none: needs {metric.needs}"
         sets = {}
         for name in suite.sets:

@@ -27,6 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from percov2.files import give_usual_permissions
 from percov2.messages import one_line
 
 CONFIG_NAME = "text_conditioner.json"
@@ -152,6 +153,7 @@ class TextConditioner(nn.Module):
         encoder: Any
         for encoder, folder in zip(self.text_encoders, ENCODER_FOLDERS, strict=False):
             encoder.save_pretrained(directory / folder)
+        give_usual_permissions(directory)
         config = {"joint_dim": self.joint_dim, "t5_length": self.t5_length}
         (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -169,12 +171,7 @@ class TextConditioner(nn.Module):
         Raises:
             ValueError: a file is missing or malformed, or the weights do not match the model.
         """
-        path = Path(directory) / CONFIG_NAME
-        if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist; load an original SD3 model with TextConditioner.from_sd3"
-            )
-        joint_dim, t5_length = _read_config(path)
+        joint_dim, t5_length = read_text_config(Path(directory))
         return cls.from_sd3(
             directory, use_t5=use_t5, joint_dim=joint_dim, t5_length=t5_length, dtype=dtype
         )
@@ -374,7 +371,17 @@ def _check_parts(
             )
 
 
-def _read_config(path: Path) -> tuple[int, int]:
+def read_text_config(directory: Path) -> tuple[int, int]:
+    """Channels of the embeddings and number of T5's tokens, as `save_pretrained` wrote them.
+
+    Raises:
+        ValueError: the file is missing or malformed.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; load an original SD3 model with TextConditioner.from_sd3"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

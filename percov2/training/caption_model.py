@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -380,7 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # several threads may sum in another order
-    save_file(train(read_captions(options.captions), epochs=options.epochs), options.output)
+    tables = train(read_captions(options.captions), epochs=options.epochs)
+    options.output.write_bytes(save(tables))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,39 +183,45 @@ def replace_folder(new: Path, target: Path) -> None:
         remove(replaced)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint written last in a folder, a file or a folder itself; None without any.
+def latest_checkpoint(*folders: Path) -> Path | None:
+    """The checkpoint written last in some folders, a file or a folder itself; None without any.
 
     Hidden temporaries and links that point nowhere are not candidates.
     """
-    found = [path for path in folder.glob(f"[!.]*{SUFFIX}") if path.exists()]
+    found = [path for folder in folders for path in folder.glob(f"[!.]*{SUFFIX}") if path.exists()]
     found += [
         path
+        for folder in folders
         for path in folder.glob(f"[!.]*{SUFFIX}{_REPLACED}")
         if not path.with_suffix("").exists()
     ]
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 
-def resolve_checkpoint(choice: str | None, folder: Path) -> Path | None:
+def resolve_checkpoint(choice: str | None, folders: Sequence[Path]) -> Path | None:
     """What ``--ckpt_path`` means.
 
     Args:
         choice: None to start anew, ``auto`` for the latest checkpoint if there is one, or a path.
-        folder: of the run's checkpoints.
+        folders: of the run's checkpoints.
 
     Raises:
-        ValueError: there is no such path.
+        ValueError: there is no such path, or no folder to look into.
     """
     if choice is None:
         return None
     if choice == "auto":
-        return latest_checkpoint(folder)
+        if not folders:
+            raise ValueError(
+                "--ckpt_path auto: no callback writes checkpoints: add "
+                "percov2.training.callbacks.LastCheckpoint to trainer.callbacks, or leave it out"
+            )
+        return latest_checkpoint(*folders)
     path = Path(choice)
     if not path.exists():
         raise ValueError(
-            f"--ckpt_path {choice} does not exist: give a checkpoint, `auto` for the latest in "
-            f"{folder}, or leave it out to start anew"
+            f"--ckpt_path {choice} does not exist: give a checkpoint, `auto` for the latest of the "
+            "run, or leave it out to start anew"
         )
     return path
 

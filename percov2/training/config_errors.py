@@ -14,7 +14,8 @@ _NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
 _NOT_IN_GROUP = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
 _UNRECOGNIZED = re.compile(r"unrecognized arguments: --([^\s=]+)")
 _UNION = re.compile(r"Errors:\n\s*- (.*?)\n\s*- Expected a", re.DOTALL)
-_EXPECTED = re.compile(r"Expected an? (?!<class 'NoneType'>)[^\n]+")
+_EXPECTED = re.compile(r"^( *)(?:- )?Expected an? (?!<class 'NoneType'>)([^\n]+)", re.MULTILINE)
+_GIVEN = re.compile(r"Given value: (?!NestedArg)([^\n]+)")
 
 
 def explain(message: str, known: Iterable[str]) -> str:
@@ -38,8 +39,13 @@ def explain(message: str, known: Iterable[str]) -> str:
     classes = _CLASS.findall(message)
     if (found := _NOT_ACCEPTED.search(message)) and classes:
         return _unknown(found[1], _parameters(classes[-1]), f"{field} ({classes[-1]}) ")
-    if field and (found := _EXPECTED.search(message)):
-        return f"{field}: {found[0][0].lower()}{found[0][1:]}"
+    if field and (expected := _EXPECTED.findall(message)):
+        # The innermost field is what is wrong; of a union, each type says what it expected.
+        depth = max(len(indent) for indent, _ in expected)
+        types = " or a ".join(text for indent, text in expected if len(indent) == depth)
+        given = _GIVEN.search(message)
+        got = f". Got value: {given[1]}" if given and "Got value" not in types else ""
+        return f"{field}: expected a {types}{got}"
     if found := _UNION.search(message):
         # An error of the class itself, which jsonargparse takes for a type that does not fit.
         return " ".join(_CLASS.sub("", found[1]).lstrip(": \n").split())

@@ -141,7 +141,7 @@ class FlowStage(L.LightningModule):
         self.parts, self.adversary = parts, adversary
         self.decoder_trained = adversary is not None and adversary.train_decoder
         self.autoencoder.decoder.requires_grad_(self.decoder_trained)
-        self.start, self.cached_text = start, cached_text
+        self.start, self.cached_text, self._t5_checked = start, cached_text, False
         self.text_conditioner = self._text_encoders(train_text_encoders)
         self.transformer = start.build_transformer(
             parts.latent_decoder.condition_channels, parts.autoencoder.latent_channels
@@ -176,7 +176,9 @@ class FlowStage(L.LightningModule):
     def _text_encoders(self, trained: bool) -> TextConditioner | None:
         """None if a cache stands in for them."""
         if not self.cached_text:
-            return self.start.build_text().requires_grad_(trained)
+            text = self.start.build_text().requires_grad_(trained)
+            # Half precision, as they may be stored, cannot hold the steps of an optimiser.
+            return text.float() if trained else text
         if trained:
             raise ValueError(
                 "cached_text and train_text_encoders are both true: what the encoders would learn "
@@ -250,6 +252,7 @@ class FlowStage(L.LightningModule):
             )
             return found
         embeddings, pooled = batch["text_embeddings"].clone(), batch["text_pooled"].clone()
+        self._check_t5(embeddings)
         if any(dropped):
             if "empty_embeddings" not in batch:
                 raise ValueError(
@@ -259,6 +262,25 @@ class FlowStage(L.LightningModule):
             where = torch.tensor(dropped, device=embeddings.device)
             embeddings[where], pooled[where] = batch["empty_embeddings"], batch["empty_pooled"]
         return TextCondition(embeddings=embeddings, pooled=pooled)
+
+    def _check_t5(self, embeddings: Tensor) -> None:
+        """Refuse cached text (B, L, D) of other encoders than the model will be exported with.
+
+        Without T5 zeros take the place of its embeddings, so that no shape tells.
+
+        Raises:
+            ValueError: it is with T5 and the start without, or the reverse.
+        """
+        if self._t5_checked:
+            return
+        self._t5_checked = True
+        wanted, found = self.start.uses_t5(), bool(embeddings[0, -1].any())
+        if wanted is not None and found != wanted:
+            cached, start = ("with" if one else "without" for one in (found, wanted))
+            raise ValueError(
+                f"the data hold text {cached} T5, model.start is {start} it: write the cache "
+                "anew from the same model and with the same T5, or change model.start"
+            )
 
     def _flow_loss(
         self, latents: Tensor, condition: Tensor, prediction: Tensor, batch: Batch, *, step: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from percov2.synthesis.text_conditioner import (
     ENCODER_FOLDERS,
     TOKENIZER_FOLDERS,
     TextConditioner,
+    read_text_config,
     tiny_text_conditioner,
     train_clip_tokenizer,
 )
@@ -46,6 +48,10 @@ class FlowStart(ABC):
         Raises:
             ValueError: the text encoders' files are incomplete, or there are none.
         """
+
+    def uses_t5(self) -> bool | None:
+        """Whether a T5 takes part; None where none could, so that no place is kept for it."""
+        return None
 
     @abstractmethod
     def build_transformer(
@@ -160,14 +166,16 @@ class FromModel(FlowStart):
         Raises:
             ValueError: they are incomplete.
         """
-        text = TextConditioner.from_pretrained(
-            self.directory, use_t5=self._has_t5, dtype=torch.float32
-        )
-        return text.eval()
+        return TextConditioner.from_pretrained(self.directory, use_t5=self._has_t5).eval()
 
     def check_text(self) -> None:
         """See `FlowStart.check_text`."""
         check_text_files(self.directory, use_t5=self._has_t5)
+
+    def uses_t5(self) -> bool | None:
+        """See `FlowStart.uses_t5`."""
+        _, t5_length = read_text_config(self.directory)
+        return self._has_t5 if t5_length else None
 
     def build_transformer(
         self, condition_channels: int, latent_channels: int
@@ -213,20 +221,22 @@ class FromStableDiffusion3(FlowStart):
     """SD3-medium or SD3.5 in diffusers' layout, from the hub (gated) or a directory.
 
     Attributes:
-        model: hub id or directory.
+        model: hub id (``owner/name``, or ``owner/name@revision``) or directory.
         use_t5: load the third text encoder (10 GB in float16).
-        revision: of the hub repository.
     """
 
     model: str
     use_t5: bool
-    revision: str | None = None
 
+    @cached_property
     def _local(self) -> Path:
-        """Transformer and text encoders, whichever is needed: what is missing shows at once."""
+        """Transformer and text encoders, whichever is needed: what is missing shows at once.
+
+        The hub is asked once: at the end of a training it may be out of reach, or have moved on.
+        """
         count = 3 if self.use_t5 else 2
         text = [*ENCODER_FOLDERS[:count], *TOKENIZER_FOLDERS[:count]]
-        return local_copy(self.model, ["transformer", *text], revision=self.revision)
+        return local_copy(self.model, ["transformer", *text])
 
     def build_text(self) -> TextConditioner:
         """See `FlowStart.build_text`.
@@ -234,7 +244,7 @@ class FromStableDiffusion3(FlowStart):
         Raises:
             ValueError: the repository cannot be reached or read; says what to do.
         """
-        directory = self._local()
+        directory = self._local
         config = SD3Transformer2DModel.load_config(directory / "transformer", local_files_only=True)
         return TextConditioner.from_sd3(
             directory, use_t5=self.use_t5, joint_dim=int(config["joint_attention_dim"])
@@ -242,7 +252,11 @@ class FromStableDiffusion3(FlowStart):
 
     def check_text(self) -> None:
         """See `FlowStart.check_text`."""
-        check_text_files(self._local(), use_t5=self.use_t5)
+        check_text_files(self._local, use_t5=self.use_t5)
+
+    def uses_t5(self) -> bool | None:
+        """See `FlowStart.uses_t5`."""
+        return self.use_t5
 
     def build_transformer(
         self, condition_channels: int, latent_channels: int
@@ -253,7 +267,7 @@ class FromStableDiffusion3(FlowStart):
             ValueError: the repository cannot be reached or read, or does not fit stage 1; says
                 what to do.
         """
-        transformer = load_transformer(self._local())
+        transformer = load_transformer(self._local)
         if transformer.config.in_channels != latent_channels:
             raise ValueError(
                 f"{self.model} paints {transformer.config.in_channels} latent channels, stage 1's "

@@ -65,17 +65,18 @@ class FrechetLoss(nn.Module):
     def _distance(self, painted: Tensor, original: Tensor) -> Tensor:
         with torch.no_grad():
             self._take_in(painted, original)
-            decays = torch.tensor(DECAY, dtype=torch.float64, device=self.means.device)
+            steps = int(self.steps)
             # Of the zeros from which the averages began nothing is left.
-            begun = (1 - decays ** self.steps.double()).float()
+            begun = torch.tensor([1 - decay**steps for decay in DECAY]).to(self.means)
             means = self.means / begun[:, None]
             variance = (self.squares[1].trace() / begun[1] - means[1].square().sum()).clamp_min(
                 1e-6
             )
-            steps = int(self.steps)
             if steps >= WARM_UP and steps % REFRESH == 0:
                 squares = self.squares / begun[:, None, None]
                 covariances = squares - means[:, :, None] * means[:, None, :]
+                if covariances.device.type == "mps":  # has no float64
+                    covariances = covariances.cpu()
                 self.transport.copy_(_transport(*covariances.double()))
             wanted = means[1] + (painted - means[0]) @ self.transport
         return (painted - wanted).square().sum(1).mean() / variance

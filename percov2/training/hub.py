@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from httpx2 import HTTPError
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,14 +23,14 @@ from percov2.messages import one_line
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-def local_copy(model: str, folders: Sequence[str], *, revision: str | None = None) -> Path:
+def local_copy(model: str, folders: Sequence[str]) -> Path:
     """A directory with the folders of a model in diffusers' layout.
 
     Args:
-        model: such a directory, which is returned, or a hub id; that is fetched, or found in the
+        model: such a directory, which is returned, or a hub id (``owner/name``, or
+            ``owner/name@revision`` of a branch, tag or commit); that is fetched, or found in the
             hub's cache. The half-precision duplicates of some repositories are left out.
         folders: for instance ``transformer``; a tokenizer's too.
-        revision: branch, tag or commit of a hub repository.
 
     Raises:
         ValueError: a folder is missing, or the hub gives no access; says what to do.
@@ -42,26 +43,31 @@ def local_copy(model: str, folders: Sequence[str], *, revision: str | None = Non
                 "layout"
             )
         return Path(model)
+    repository, _, revision = model.partition("@")
     try:
         for folder in folders:
             if not folder.startswith("tokenizer"):
                 # One small file first: what may go wrong shows before gigabytes are fetched.
-                hf_hub_download(model, f"{folder}/config.json", revision=revision)
+                hf_hub_download(repository, f"{folder}/config.json", revision=revision or None)
         patterns = [f"{folder}/{files}" for folder in folders for files in _FILES]
         snapshot = snapshot_download(
-            model, revision=revision, allow_patterns=patterns, ignore_patterns=["*fp16*"]
+            repository,
+            revision=revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=["*fp16*"],
         )
     except (
         EntryNotFoundError,
-        HfHubHTTPError,
+        HTTPError,
         HFValidationError,
         OfflineModeIsEnabled,
+        OSError,
     ) as error:
-        raise ValueError(_explain(error, model, revision)) from error
+        raise ValueError(_explain(error, repository, revision)) from error
     return Path(snapshot)
 
 
-def _explain(error: Exception, model: str, revision: str | None) -> str:
+def _explain(error: Exception, model: str, revision: str) -> str:
     """One line: what the hub's answer means and what to do."""
     page = f"https://huggingface.co/{model}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None

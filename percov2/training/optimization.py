@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit", "deepspeed_cpu_adam"]
@@ -139,8 +139,33 @@ def build_optimizer(*phases: Phase, strategy: Strategy | None = None) -> dict[st
     _check_eight_bits(name, {p.device.type for group in groups for p in group["params"]}, strategy)
     _check_offload(name, strategy)
     optimizer = _make(name, groups)
-    scheduler = LambdaLR(optimizer, [phase.factor for phase in phases])
+    scheduler = _Schedule(optimizer, [phase.factor for phase in phases])
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class _Schedule(LambdaLR):
+    """Of the rates and the length that are configured, not of those of the checkpoint it resumes
+    from: of a run that is extended the rate was 0 at its end."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the step; the optimiser has been restored before."""
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
+        self._last_lr = [rate * f for rate, f in zip(self.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+def _keep_options(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's moments with the configured options, which torch would replace."""
+    if len(state_dict["param_groups"]) != len(optimizer.param_groups):
+        return state_dict  # torch refuses it
+    groups = []
+    for saved, now in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        kept = {name: now[name] for name in ("lr", "initial_lr", "betas", "eps", "weight_decay")}
+        groups.append({**saved, **kept})
+    return {**state_dict, "param_groups": groups}
 
 
 def offloads_optimizer(strategy: Strategy | None) -> bool:

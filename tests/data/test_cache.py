@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from percov2.components import load_autoencoder
 from percov2.data import cache as cache_module
+from percov2.data import module
 from percov2.data.cache import CacheSettings, Summary, cache, main
 from percov2.data.cached import CachedDataModule, CachedDecoder, pack
 from percov2.data.faults import FaultError
 from percov2.data.laion import LaionDataModule
+from percov2.data.samples import RawSample
+from percov2.data.shards import Retry, read_shard
 from percov2.model_store import PRESETS_DIRECTORY
 from percov2.synthesis.text_conditioner import TextConditioner
 from tests.data.shard_factory import sample, write_shard, write_shards
@@ -178,6 +182,26 @@ def test_other_data_of_the_same_names_is_refused(
     (other / "00000.tar").unlink()
     more = run(other, output, text_model="none")
     assert (more.samples, more.skipped) == (1, 0), "further shards are added"
+
+
+def test_a_shard_whose_source_breaks_off_is_tried_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, whole = tmp_path / "cache", tmp_path / "whole"
+    run(shards, whole, text_model="none")
+
+    def broken(shard: str, *, start: int, retry: Retry) -> Iterator[tuple[int, RawSample]]:
+        yield from islice(read_shard(shard, start=start, retry=retry), 1)
+        raise FaultError("damaged_shard", "cut", where=shard, passing=True)
+
+    monkeypatch.setattr(module, "read_shard", broken)
+    summary = run(shards, output, text_model="none")
+    assert len(summary.missing) == 2
+    monkeypatch.undo()
+    again = run(shards, output, text_model="none")
+    assert (again.samples, again.missing) == (5, [])
+    for path in whole.iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_cache_of_another_version_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO
@@ -220,3 +222,29 @@ def test_no_shard_is_refused(pattern: str | list[str]) -> None:
 def test_bad_retries_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="attempts must be at least 1"):
         Retry(**options)  # type: ignore[arg-type]
+
+
+class _Cut(io.BytesIO):
+    """A response that breaks off: urllib says so by an exception that is no OSError."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        if not found:
+            raise IncompleteRead(b"")
+        return found
+
+
+@pytest.mark.parametrize(("length", "kind"), [(300, "missing_shard"), (14000, "damaged_shard")])
+def test_a_response_that_breaks_off_may_be_whole_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, kind: str
+) -> None:
+    whole = write_shard(tmp_path / "a.tar", map(sample, range(9))).read_bytes()
+    monkeypatch.setattr(shards, "_open", lambda *_: _Cut(whole[:length]))
+    found, fault = read_until_fault("http://somewhere/a.tar")
+    assert (bool(found), fault.kind, fault.passing) == (length == 14000, kind, True)
+
+
+def test_damage_to_a_file_does_not_pass(tmp_path: Path) -> None:
+    whole = write_shard(tmp_path / "a.tar", map(sample, range(9))).read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:4000])
+    assert not read_until_fault(tmp_path / "b.tar")[1].passing

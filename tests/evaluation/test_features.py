@@ -84,6 +84,30 @@ def test_kernel_distance_of_small_sets_takes_them_whole() -> None:
     assert kernel_distance([rows[0]], [rows[1]], subsets=50, seed=8) == pytest.approx(once)
 
 
+def test_kernel_distance_of_the_same_pictures_is_zero() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(30, 16)).astype(np.float32)
+    for size in (30, 12):
+        found = kernel_distance([rows], [rows], subset_size=size, subsets=200, paired=True)
+        assert found == pytest.approx(0, abs=1e-6 if size == 30 else 0.02)
+    assert kernel_distance([rows], [rows], subset_size=30) < -0.05
+
+
+def test_kernel_distance_of_pairs_is_unbiased() -> None:
+    """Pairs of one distribution that share most of what they are: the distance is zero."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(60):
+        shared, own, other = rng.normal(size=(3, 20, 16))
+        sets = [(np.sqrt(0.9) * shared + np.sqrt(0.1) * x).astype(np.float32) for x in (own, other)]
+        found.append(
+            [kernel_distance([sets[0]], [sets[1]], paired=paired) for paired in (True, False)]
+        )
+    (mean, biased), (error, _) = np.mean(found, 0), np.std(found, 0) / np.sqrt(len(found))
+    assert abs(mean) < 4 * error
+    assert biased < -10 * error
+
+
 def test_patches_of_both_grids() -> None:
     image = torch.arange(20 * 33).reshape(1, 1, 20, 33).expand(1, 3, 20, 33)
     patches = cut_patches(image, 8, half_shifted_grids(8))

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -68,6 +69,14 @@ def test_rate_figure(curves: list[Curve]) -> None:
 
 def test_no_values_no_figure(curves: list[Curve]) -> None:
     assert plots.rate_figure(curves, describe("kid")) is None
+
+
+def test_every_rate_has_a_tick() -> None:
+    axes = Figure().subplots()
+    for rate in np.geomspace(0.001, 1, 300):
+        plots._rate_axis(axes, [float(rate)])
+        low, high = axes.get_xlim()
+        assert any(low <= tick <= high for tick in axes.get_xticks()), rate
 
 
 def test_rates_within_a_tenth_have_ticks() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -159,6 +160,15 @@ def server(tmp_path: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{made.server_port}"
         made.shutdown()
         thread.join()
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (picture,) = make_folder(tmp_path / "pictures", 1).iterdir()
+    os.rename(picture, os.fsencode(tmp_path / "pictures") + b"/caf\xe9.png")
+    with pytest.raises(ValueError, match=r"caf.*\.png: its name is not UTF-8: rename it"):
+        find_protocol(str(tmp_path / "pictures"))
+    os.rename(os.fsencode(tmp_path / "pictures") + b"/caf\xe9.png", tmp_path / "pictures/café.png")
+    assert [item.name for item in find_protocol(str(tmp_path / "pictures")).items] == ["café"]
 
 
 def test_download_checks_what_it_got(

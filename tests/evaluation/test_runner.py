@@ -195,6 +195,25 @@ def test_more_metrics_and_codecs_are_added(codec: Codec, folder: Path, tmp_path:
     assert both["codecs"][0]["summary"] == results["codecs"][0]["summary"]
 
 
+def test_reasons_for_absence_are_true(codec: Codec, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    Runner(_task(folder, output, [_Perco(codec)])).run()
+    more = _suite(more=True)
+    # What an earlier command has measured, and this one could not.
+    del more.pairs["gradient_energy"]
+    more.absent["gradient_energy"] = "no weights"
+    candidates = [_Perco(codec, steps=2)]
+    first, second = Runner(_task(folder, output, candidates, suite=more)).run()["codecs"]
+    assert first["absent"]["ms_ssim"] == (
+        "5 of 5 pictures were not measured: repeat the command that names this codec"
+    )
+    assert "have none: needs" in second["absent"]["ms_ssim"]
+    assert "gradient_energy" in first["summary"]
+    assert "gradient_energy" not in first["absent"]
+    assert second["absent"]["gradient_energy"] == "no weights"
+    assert "dists" in first["absent"]
+
+
 def test_two_shares_make_the_same_result(codec: Codec, folder: Path, tmp_path: Path) -> None:
     whole = Runner(_task(folder, tmp_path / "whole", [_Perco(codec), _webp()])).run()
     output = tmp_path / "shared"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,8 @@ trainer:
   enable_model_summary: false
   use_distributed_sampler: false
   callbacks:
-    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args:
-        dirpath: ${vars.run}/checkpoints
-        every_n_train_steps: 4
-        save_top_k: 0
-        save_last: true
-        enable_version_counter: false
+    - class_path: percov2.training.callbacks.LastCheckpoint
+      init_args: {dirpath: "${vars.run}/checkpoints", every_n_train_steps: 4}
     - class_path: percov2.training.callbacks.ExportModel
       init_args: {directory: "${vars.run}/model"}
 """
@@ -106,6 +103,101 @@ def test_mistakes_are_refused_in_one_line(
     assert done.stdout == ""
     assert done.stderr.startswith(f"{script}.sbatch: {message.format(script=script)}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option", ["--ckpt_path=old.ckpt", "--ckpt_path", "--trainer.devices=3", "--trainer.num_nodes"]
+)
+def test_what_the_script_decides_is_not_discarded(option: str) -> None:
+    done = subprocess.run(
+        ["bash", str(LAUNCHERS / "fit.sbatch"), "configs/stage2.yaml", option],
+        env={
+            **os.environ,
+            "SLURM_JOB_ID": "1",
+            "PERCOV2_PYTHON": sys.executable,
+            "PERCOV2_DATA": "data",
+        },
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"fit.sbatch: {option}: the script says")
+
+
+_STUBS = {
+    # The job ends in half an hour; SLURM says so of every task of an array if asked for its number.
+    "squeue": """
+        n=$(($(cat "$STUBS/asked") + 1)); echo $n >"$STUBS/asked"
+        ((n > BUSY)) || { echo "Unable to contact slurm controller" >&2; exit 1; }
+        end=$(date -d '+30 minutes' +%Y-%m-%dT%H:%M:%S)
+        [[ $2 == --jobs=36 ]] && printf '%s\\n' "$end" "$end" N/A || echo "$end"
+    """,
+    "scontrol": """
+        [[ $1 == show ]] && { echo node1; exit; }
+        n=$(($(cat "$STUBS/asked") + 1)); echo $n >"$STUBS/asked"
+        ((n > BUSY)) || { echo "Unable to contact slurm controller" >&2; exit 1; }
+        echo "scontrol $*" >>"$STUBS/log"
+    """,
+    "srun": """
+        trap 'sleep 1; echo saved >>"$STUBS/log"; exit 85' USR1
+        touch "$STUBS/running"
+        while true; do sleep 0.05; done
+    """,
+    # insist waits between its attempts.
+    "sleep": """
+        [[ $1 != [1-4] ]] || set -- 0.01
+        exec /bin/sleep "$@"
+    """,
+}
+
+
+@pytest.mark.parametrize("busy", [0, 3])
+@pytest.mark.parametrize("array", [False, True])
+def test_the_warning_lets_the_run_save_before_the_requeue(
+    tmp_path: Path, array: bool, busy: int
+) -> None:
+    for name, content in _STUBS.items():
+        stub = tmp_path / name
+        stub.write_text(f"#!/usr/bin/env bash\n{content}")
+        stub.chmod(0o755)
+    (tmp_path / "asked").write_text("0")
+    task = {"SLURM_ARRAY_JOB_ID": "36", "SLURM_ARRAY_TASK_ID": "6"} if array else {}
+    job = subprocess.Popen(
+        ["bash", str(LAUNCHERS / "fit.sbatch"), "configs/stage2.yaml"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "STUBS": str(tmp_path),
+            "BUSY": str(busy),
+            "SLURM_JOB_ID": "36",
+            "SLURM_JOB_NODELIST": "node1",
+            "SLURM_NNODES": "1",
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_CPUS_PER_TASK": "1",
+            "PERCOV2_PYTHON": sys.executable,
+            "PERCOV2_DATA": "data",
+            **task,
+        },
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "running").exists():
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.2)  # the trap is set right after the start
+    job.send_signal(signal.SIGUSR1)
+    try:
+        assert job.wait(timeout=60) == 0
+    finally:  # as SLURM ends what is left of a job
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    name = "36_6" if array else "36"
+    assert (tmp_path / "log").read_text().splitlines() == ["saved", f"scontrol requeue {name}"]
+    assert int((tmp_path / "asked").read_text()) == busy + 2
 
 
 @pytest.mark.parametrize("script", ["fit", "evaluate"])

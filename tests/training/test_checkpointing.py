@@ -191,14 +191,14 @@ def test_checkpoints_are_removed(tmp_path: Path, sharded: bool) -> None:
 
 
 def test_what_ckpt_path_means(tmp_path: Path) -> None:
-    assert resolve_checkpoint(None, tmp_path) is None
-    assert resolve_checkpoint("auto", tmp_path) is None
+    assert resolve_checkpoint(None, [tmp_path]) is None
+    assert resolve_checkpoint("auto", [tmp_path]) is None
     path = tmp_path / "step=1.ckpt"
     path.write_text("")
-    assert resolve_checkpoint("auto", tmp_path) == path
-    assert resolve_checkpoint(str(path), tmp_path) == path
+    assert resolve_checkpoint("auto", [tmp_path]) == path
+    assert resolve_checkpoint(str(path), [tmp_path]) == path
     with pytest.raises(ValueError, match=r"no\.ckpt does not exist.*auto"):
-        resolve_checkpoint(str(tmp_path / "no.ckpt"), tmp_path)
+        resolve_checkpoint(str(tmp_path / "no.ckpt"), [tmp_path])
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", None])

@@ -30,6 +30,36 @@ def test_a_wrong_type_names_the_field_and_the_type() -> None:
     assert line == "model.autoencoder.encoder_width: expected a <class 'int'>. Got value: wide"
 
 
+def test_a_value_that_fits_none_of_several_types_names_them_all() -> None:
+    message = """Parser key "trainer.precision":
+  Does not validate against any of the Union subtypes
+  Subtypes: [typing.Literal[64, 32, 16], typing.Literal['bf16-mixed'], <class 'NoneType'>]
+  Errors:
+    - Expected a <class 'int'>
+    - Expected a typing.Literal['bf16-mixed', '32-true']
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: bf16mixed"""
+    assert explain(message, []) == (
+        "trainer.precision: expected a <class 'int'> or a typing.Literal['bf16-mixed', '32-true']. "
+        "Got value: bf16mixed"
+    )
+
+
+def test_the_inner_field_is_what_is_wrong() -> None:
+    message = """Parser key "trainer.strategy":
+  Does not validate against any of the Union subtypes
+  Errors:
+    - Expected a <class 'str'>
+    - Problem with given class_path 'percov2.training.strategy.ZeroStrategy':
+        Parser key "stage":
+          Expected a typing.Literal[1, 2, 3]. Got value: 4
+  Given value: NestedArg(key='stage', val='4')"""
+    assert explain(message, []) == (
+        "trainer.strategy.stage: expected a typing.Literal[1, 2, 3]. Got value: 4"
+    )
+
+
 def test_an_unknown_option_of_a_group() -> None:
     line = explain(
         "Group 'trainer' does not accept option 'max_stepz'", ["trainer.max_steps", "vars.max"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import percov2
 from percov2.fit import main
 from percov2.training.adversary import AdversarialLosses
+from percov2.training.autoencoder_stage import AutoencoderStage
+from percov2.training.callbacks.stop_on_signal import EXIT_CODE
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
 AUTOENCODER = ["--model.autoencoder.encoder_width=8", "--model.component_batches=2"]
@@ -185,7 +191,8 @@ def test_stage_2_keeps_the_tokenizer_of_stage_1(trained: Run) -> None:
         assert before.keys() == after.keys()
         for key, value in before.items():
             # Stage 2 stores float16.
-            assert torch.equal(value.half().float(), after[key].float()), (part, key)
+            stored = value if key.startswith("ema_") else value.half().float()
+            assert torch.equal(stored, after[key].float()), (part, key)
 
 
 def test_a_stage_1_directory_is_refused_as_a_codec(trained: Run) -> None:
@@ -223,13 +230,29 @@ def test_a_checkpoint_resumes_where_it_stopped(trained: Run) -> None:
     assert torch.equal(final["codebook"], state["state_dict"]["quantizer.codebook"])
 
 
-def test_unknown_keys_are_refused(
-    training_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.autoencoder.widht=8", "'widht', the nearest known name is 'refiner_width'"),
+        ("--trainer.max_stepss=4", "no option --trainer.max_stepss, .* 'trainer.max_steps'"),
+        ("--vars.autoencode=x", "no option --vars.autoencode, .* 'vars.autoencoder'"),
+        ("--trainer.precision=bf16mixed", "trainer.precision: .*'bf16-mixed'.*value: bf16mixed"),
+        ("--config=nowhere.yaml", ".*File does not exist: .*nowhere.yaml"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(
+    training_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    message: str,
 ) -> None:
     run = Run(tmp_path, training_data)
-    with pytest.raises(SystemExit):
-        run.fit(["autoencoder.yaml"], "x", 1, "--model.autoencoder.widht=8")
-    assert "widht" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        run.fit(["autoencoder.yaml"], "x", 1, option)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"percov2.fit: error: .*{message}", line)
 
 
 def test_a_folder_that_cannot_hold_files_is_refused(training_data: Path, tmp_path: Path) -> None:
@@ -263,6 +286,74 @@ def test_a_run_killed_before_its_export_is_exported_when_resumed(trained: Run) -
     assert (trained.model("killed") / "training.yaml").is_file()
     with pytest.raises(ValueError, match="nothing is left to train"):
         trained.resume_flow("killed")
+
+
+def test_an_extended_run_killed_in_its_export_is_exported_when_resumed(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(steps: int) -> None:
+        trained.fit(["autoencoder.yaml"], "extended", steps, "--ckpt_path=auto", *AUTOENCODER)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fit(1)
+    (weights,) = trained.model("extended").rglob("*.safetensors")
+    first = weights.read_bytes()
+    export = AutoencoderStage.export
+    monkeypatch.setattr(AutoencoderStage, "export", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(2)
+    monkeypatch.setattr(AutoencoderStage, "export", export)
+    assert not (trained.model("extended") / "training.yaml").exists()
+    fit(2)
+    assert weights.read_bytes() != first
+    assert (trained.model("extended") / "training.yaml").is_file()
+
+
+def test_auto_looks_where_the_checkpoints_are_written(trained: Run, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "trainer:\n  callbacks+:\n  - class_path: percov2.training.callbacks.LastCheckpoint\n"
+        f"    init_args: {{dirpath: {tmp_path / 'scratch'}, every_n_train_steps: 1}}\n"
+    )
+    options = [f"--config={overlay}", "--ckpt_path=auto", *AUTOENCODER]
+    trained.fit(["autoencoder.yaml"], "elsewhere", 1, *options)
+    shutil.rmtree(trained.root / "elsewhere" / "checkpoints")
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        trained.fit(["autoencoder.yaml"], "elsewhere", 1, *options)
+    none = "--trainer.callbacks=[]"
+    with pytest.raises(ValueError, match="no callback writes checkpoints: add"):
+        trained.fit(["autoencoder.yaml"], "elsewhere", 1, *options, none)
+
+
+def test_a_run_that_sigterm_ends_is_not_taken_for_finished(
+    trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would leave with exit code 0."""
+    start = AutoencoderStage.on_train_start
+
+    def terminated(stage: AutoencoderStage) -> None:
+        start(stage)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(AutoencoderStage, "on_train_start", terminated)
+    with pytest.raises(SystemExit) as stopped:
+        trained.fit(["autoencoder.yaml"], "terminated", 2, *AUTOENCODER)
+    assert stopped.value.code == EXIT_CODE
+    assert not trained.model("terminated").exists()
+
+
+def test_processes_wait_for_the_export(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete: list[bool] = []
+
+    def barrier(strategy: object, name: str | None = None, *_: object) -> None:
+        if name == "export":
+            complete.append((trained.model("waiting") / "training.yaml").is_file())
+
+    monkeypatch.setattr(SingleDeviceStrategy, "barrier", barrier)
+    trained.fit(["autoencoder.yaml"], "waiting", 1, *AUTOENCODER)
+    assert complete == [True]
 
 
 def test_a_missing_checkpoint_and_one_of_another_stage_are_refused(trained: Run) -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
 
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -293,7 +295,7 @@ def test_the_hubs_refusals_say_what_to_do(
     hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, complaint: str
 ) -> None:
     _use_hub(monkeypatch, hub, tmp_path)
-    start = FromStableDiffusion3(model=f"owner/{name}", use_t5=False, revision="main-2")
+    start = FromStableDiffusion3(model=f"owner/{name}@main-2", use_t5=False)
     with pytest.raises(ValueError, match=complaint) as refusal:
         start.build_text()
     assert "\n" not in str(refusal.value)
@@ -308,6 +310,41 @@ def test_no_network_is_told_from_no_access(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
         with pytest.raises(ValueError, match="the hub cannot be reached: check the network"):
             local_copy("owner/gated", ["vae"])
+
+
+@pytest.mark.parametrize(
+    "error", [httpx2.ReadError("reset"), httpx2.ProxyError("403"), OSError(28, "No space left")]
+)
+def test_what_a_transfer_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("percov2.training.hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match=r"cannot fetch owner/name .*: try again") as refusal:
+        local_copy("owner/name", ["vae"])
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_hub_is_asked_once(sd3_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text encoders of a run on cached text are loaded at its end, when it may be away."""
+    asked: list[tuple[str, str | None]] = []
+
+    def download(model: str, _: str, *, revision: str | None) -> None:
+        asked.append((model, revision))
+
+    monkeypatch.setattr("percov2.training.hub.hf_hub_download", download)
+    monkeypatch.setattr(
+        "percov2.training.hub.snapshot_download", lambda *_, **__: str(sd3_directory)
+    )
+    start = FromStableDiffusion3(model="owner/name@refs/pr/3", use_t5=False)
+    start.check_text()
+    first = list(asked)
+    assert set(first) == {("owner/name", "refs/pr/3")}
+    start.build_text()
+    start.build_transformer(3, 4)
+    assert asked == first
 
 
 def test_neither_directory_nor_hub_id() -> None:

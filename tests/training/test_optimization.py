@@ -46,6 +46,37 @@ def test_nothing_to_train_is_refused() -> None:
         build_optimizer(phase(nn.Linear(3, 2).requires_grad_(False)))
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_fused"])
+def test_a_resumed_run_takes_its_configured_options(name: OptimizerName, tmp_path: Path) -> None:
+    def build(model: nn.Module, lr: float, last: int, **fields: object) -> dict[str, Any]:
+        optimization = Optimization(lr=lr, warmup_steps=4, optimizer=name, **fields)  # type: ignore[arg-type]
+        phase = Phase(optimization=optimization, parameters=model.parameters(), first=0, last=last)
+        return build_optimizer(phase)
+
+    def step(model: nn.Module, parts: dict[str, Any]) -> None:
+        model(torch.ones(1, 3)).square().mean().backward()
+        parts["optimizer"].step()
+        parts["lr_scheduler"]["scheduler"].step()
+
+    model = nn.Linear(3, 2)
+    before = build(model, 1e-2, 1)
+    step(model, before)
+    assert before["optimizer"].param_groups[0]["lr"] == 0, "the run is at its end"
+    moments = before["optimizer"].state_dict()["state"]
+    after = build(model, 1e-4, 10, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-3)
+    after["optimizer"].load_state_dict(before["optimizer"].state_dict())
+    after["lr_scheduler"]["scheduler"].load_state_dict(
+        before["lr_scheduler"]["scheduler"].state_dict()
+    )
+    torch.testing.assert_close(after["optimizer"].state_dict()["state"], moments)
+    [group] = after["optimizer"].param_groups
+    # The second of four steps of warm-up, before and after it is taken.
+    assert group["lr"] == pytest.approx(0.5e-4)
+    step(model, after)
+    assert group["lr"] == pytest.approx(0.75e-4)
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.3, (0.5, 0.6), 1e-3)
+
+
 def test_the_fused_kernel_takes_the_same_steps() -> None:
     torch.manual_seed(0)
     models = [nn.Linear(3, 2) for _ in range(2)]

@@ -477,6 +477,57 @@ def test_a_cache_that_does_not_suit_is_refused(batch: Batch, tmp_path: Path) -> 
     assert entropy.training_step(cached, 0).requires_grad
 
 
+def test_cached_text_of_another_t5_is_refused(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shape tells: without T5 zeros take the place of its embeddings."""
+    stage = flow_stage(
+        tmp_path,
+        train_tokenizer=False,
+        from_prediction=True,
+        train_text_encoders=False,
+        cached_text=True,
+        caption_dropout=0.0,
+    )
+    text = stage.start.build_text()(batch["caption"])
+    rows = torch.randn(2, 3, text.embeddings.shape[-1])
+    for cached in (False, True):
+        more = rows if cached else torch.zeros_like(rows)
+        data = Batch(
+            latents=stage.parts.autoencoder.encode(batch["image"]),
+            caption=batch["caption"],
+            key=batch["key"],
+            text_embeddings=torch.cat([text.embeddings, more], 1).detach(),
+            text_pooled=text.pooled.detach(),
+        )
+        for wanted in (False, True, None):
+            stage._t5_checked = False
+            monkeypatch.setattr(FromModel, "uses_t5", lambda _, wanted=wanted: wanted)
+            if wanted in (cached, None):
+                assert stage.training_step(data, 0).isfinite()
+            else:
+                words = ("with", "without") if cached else ("without", "with")
+                with pytest.raises(ValueError, match="text {} T5, .* is {} it".format(*words)):
+                    stage.training_step(data, 0)
+
+
+def test_text_encoders_keep_their_precision_unless_they_are_trained(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    source = flow_stage(tmp_path / "source", train_tokenizer=False, from_prediction=False)
+    source.half_export = True
+    source.export(tmp_path / "half")
+    for trained, dtype in ((False, torch.float16), (True, torch.float32)):
+        stage = flow_stage(
+            tmp_path / "tokenizer",
+            train_tokenizer=False,
+            from_prediction=False,
+            train_text_encoders=trained,
+            start=FromModel(directory=tmp_path / "half"),
+        )
+        assert stage.text_conditioner is not None
+        assert {p.dtype for p in stage.text_conditioner.parameters()} == {dtype}
+
+
 def test_flow_loss_does_not_depend_on_how_samples_are_batched(batch: Batch, tmp_path: Path) -> None:
     stage = flow_stage(tmp_path, train_tokenizer=False, from_prediction=True)
     whole = stage.training_step(batch, 0)

@@ -3,6 +3,7 @@
 from percov2.training.callbacks.codebook_usage import CodebookUsage
 from percov2.training.callbacks.export import ExportModel
 from percov2.training.callbacks.gradient_norm import GradientNorms
+from percov2.training.callbacks.last_checkpoint import LastCheckpoint
 from percov2.training.callbacks.non_finite import SkipNonFinite
 from percov2.training.callbacks.rate_distortion import RateDistortionSamples
 from percov2.training.callbacks.stop_on_signal import StopOnSignal
@@ -15,6 +16,7 @@ __all__ = [
     "CodebookUsage",
     "ExportModel",
     "GradientNorms",
+    "LastCheckpoint",
     "RateDistortionSamples",
     "SkipNonFinite",
     "StopOnSignal",

@@ -10,6 +10,9 @@ import lightning as L
 from percov2.training.callbacks.weight_ema import refuse_late_averages
 from percov2.training.strategy import ZeroStrategy
 
+CONFIG = "training.yaml"
+"""The last file that a run writes into its model directory, which is not complete without it."""
+
 
 @runtime_checkable
 class Exportable(Protocol):
@@ -48,6 +51,11 @@ class ExportModel(L.Callback):
         if not isinstance(pl_module, Exportable):
             raise ValueError(f"{type(pl_module).__name__} has no export: it is no percov2 stage")
         refuse_late_averages(trainer, self)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on a model that is there is of fewer steps, and no longer the run's."""
+        if trainer.is_global_zero:
+            (self.directory / CONFIG).unlink(missing_ok=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gather, while the strategy still stands."""

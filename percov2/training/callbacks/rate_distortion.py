@@ -205,7 +205,7 @@ def live_codec(stage: FlowStage, text: TextConditioner | CachedText) -> Codec:
     # All that a codec asks of text encoders is to be called with captions.
     components = stage.components(cast(TextConditioner, text))
     with whole_weights(stage.parts.masked_transformer):
-        return Codec(components, device=stage.device)
+        return Codec(components, device=stage.device, in_step=True)
 
 
 def decode_all(

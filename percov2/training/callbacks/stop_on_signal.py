@@ -9,13 +9,14 @@ step all processes agree on it, save together and exit.
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
+
+from percov2.training.callbacks.last_checkpoint import LastCheckpoint
 
 EXIT_CODE = 85
 """Exit code of a run that was stopped by a signal and can be resumed."""
@@ -35,9 +36,9 @@ class StoppedBySignal(SystemExit):
 class StopOnSignal(Checkpoint):
     """Saves a checkpoint and ends the run after SIGUSR1 or SIGTERM.
 
-    The checkpoint is ``last.ckpt`` in the folder of the `ModelCheckpoint` that must be among the
-    callbacks. A signal to one process is enough. A run that has taken its last step is not
-    stopped: it goes on to validate and export.
+    The checkpoint is that of the `LastCheckpoint` that must be among the callbacks. A signal to
+    one process is enough. A run that has taken its last step is not stopped: it goes on to
+    validate and export.
 
     As a `Checkpoint` callback it runs after all other callbacks, wherever it stands in the list:
     what is saved contains the averages of the step, for instance.
@@ -52,9 +53,9 @@ class StopOnSignal(Checkpoint):
         """Listen to SIGUSR1 before loader processes start: they inherit the handler and live on.
 
         Raises:
-            ValueError: there is no `ModelCheckpoint`.
+            ValueError: there is no `LastCheckpoint`.
         """
-        _model_checkpoint(trainer)
+        _last_checkpoint(trainer)
         self._received = False
         self._previous = signal.signal(signal.SIGUSR1, self._set_flag)
 
@@ -85,12 +86,9 @@ class StopOnSignal(Checkpoint):
         self._step = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self._received, all=False):
             return
-        checkpoint = _model_checkpoint(trainer)
-        assert checkpoint.dirpath is not None  # since ModelCheckpoint's setup
-        name = checkpoint.CHECKPOINT_NAME_LAST + checkpoint.FILE_EXTENSION
-        path = Path(checkpoint.dirpath) / name
-        trainer.save_checkpoint(path)
-        rank_zero_info(f"Stopped by a signal after step {self._step}, saved {path}")
+        checkpoint = _last_checkpoint(trainer)
+        checkpoint.save(trainer)
+        rank_zero_info(f"Stopped by a signal after step {self._step}, saved {checkpoint.path}")
         # Nobody leaves, and makes the others fail, before all have saved.
         trainer.strategy.barrier()
         raise StoppedBySignal
@@ -103,11 +101,11 @@ class StopOnSignal(Checkpoint):
         self._received = True
 
 
-def _model_checkpoint(trainer: L.Trainer) -> ModelCheckpoint:
+def _last_checkpoint(trainer: L.Trainer) -> LastCheckpoint:
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
+        if isinstance(callback, LastCheckpoint):
             return callback
     raise ValueError(
-        "StopOnSignal saves beside the checkpoints of ModelCheckpoint, and there is none: add one "
-        "to trainer.callbacks"
+        "StopOnSignal saves the checkpoint of LastCheckpoint, and there is none: add one to "
+        "trainer.callbacks"
     )

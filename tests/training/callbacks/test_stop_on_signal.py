@@ -11,12 +11,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
-from percov2.training.callbacks import ExportModel, WeightEMA
+from percov2.training.callbacks import ExportModel, LastCheckpoint, WeightEMA
 from percov2.training.callbacks.stop_on_signal import EXIT_CODE, StopOnSignal, StoppedBySignal
 
 STEPS = 8
@@ -75,12 +75,7 @@ def fit(tmp_path: Path) -> Iterator[Fit]:
 
     def run(name: str, *callbacks: Callback, resume: bool = False, **options: Any) -> Any:
         folder = tmp_path / name
-        checkpoints = ModelCheckpoint(
-            dirpath=folder,
-            every_n_train_steps=STEPS,
-            save_last=True,
-            enable_version_counter=False,
-        )
+        checkpoints = LastCheckpoint(folder, every_n_train_steps=STEPS)
         # The averages come after StopOnSignal on purpose: it must see them all the same.
         standard = [StopOnSignal(), WeightEMA(decay=0.5), ExportModel(folder / "model")]
         trainer = L.Trainer(
