@@ -3,8 +3,8 @@
 PYTHON ?= python3
 # An index with CPU-only wheels of torch and torchvision, for machines without a GPU.
 TORCH_INDEX ?=
-# For `make figures`: folders of the 24 Kodak images and of other photographs (ours: 100 of the size of
-# COCO's), and JSON files with their captions.
+# For `make figures`: folders of the 24 Kodak images and of other photographs (ours: 100 of BSDS500's
+# validation part), and JSON files with their captions.
 KODAK ?=
 KODAK_CAPTIONS ?=
 COCO ?=

@@ -210,7 +210,7 @@ def load_component(
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{directory} has no {subfolder}/config.json: it is not a complete percov2 model "
-            "directory (stage 1 alone cannot decode; run stage 2 or download it again)"
+            "directory (run stage 1 for a tokenizer, stage 2 for a codec, or download it again)"
         )
     try:
         found = cls.load_config(folder, local_files_only=True).get("_class_name")

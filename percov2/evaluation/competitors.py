@@ -107,7 +107,7 @@ class JpegXl(Format):
         try:
             import imagecodecs
         except ModuleNotFoundError as error:
-            raise AbsentError(f"{error} (pip install 'percov2[evaluation]')") from error
+            raise AbsentError(f"{error} (pip install '.[evaluation]')") from error
         if not imagecodecs.JPEGXL.available:
             raise AbsentError("imagecodecs was built without JPEG XL")
         self._library = imagecodecs
@@ -136,7 +136,7 @@ class Heic(Format):
         try:
             import pillow_heif
         except ModuleNotFoundError as error:
-            raise AbsentError(f"{error} (pip install 'percov2[heic]')") from error
+            raise AbsentError(f"{error} (pip install '.[heic]')") from error
         self._library = pillow_heif
 
     def encode(self, image: Image.Image, quality: int) -> bytes:

@@ -127,7 +127,7 @@ def inception(folder: Path | None, device: str) -> nn.Module:
             )
         return network.to(device)
     except ModuleNotFoundError as error:
-        raise AbsentError(f"{first_line(error)} (pip install 'percov2[evaluation]')") from error
+        raise AbsentError(f"{first_line(error)} (pip install '.[evaluation]')") from error
 
 
 class PooledEfficientNet(nn.Module):

@@ -69,7 +69,7 @@ class Optimization:
         if package is not None and find_spec(package) is None:
             raise ValueError(
                 f"optimizer {self.optimizer!r} needs {package}, which is not installed: run "
-                f"`pip install 'percov2[{extra}]'` or choose 'adamw'"
+                f"`pip install '.[{extra}]'` or choose 'adamw'"
             )
 
     def factor(self, step: int, *, first: int, last: int) -> float:

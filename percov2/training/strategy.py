@@ -88,7 +88,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         **kwargs: Any,
     ) -> None:
         if find_spec("deepspeed") is None:
-            raise ValueError("ZeroStrategy needs deepspeed: pip install 'percov2[deepspeed]'")
+            raise ValueError("ZeroStrategy needs deepspeed: pip install '.[deepspeed]'")
         if stage not in (1, 2, 3):
             raise ValueError(f"stage is {stage}: ZeRO has the stages 1, 2 and 3")
         gathering = {

@@ -55,7 +55,7 @@ def _sharded(path: Path, **fields: Any) -> Path:
 
 def test_a_missing_deepspeed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strategy_module, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'percov2\[deepspeed\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[deepspeed\]'"):
         ZeroStrategy()
 
 
