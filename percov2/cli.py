@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +22,7 @@ from PIL import Image
 from percov2 import __version__
 from percov2.bitstream import Stream, is_intact, read_stream
 from percov2.evaluation.command import add_evaluate
-from percov2.files import atomic_path, list_files, list_images
+from percov2.files import IMAGE_SUFFIXES, atomic_path, list_files, list_images
 from percov2.inspection import GENERATED_NOTE, describe, info, png_metadata
 from percov2.messages import one_line, printable
 from percov2.model_store import preset_names, resolve_stream_model
@@ -253,7 +254,24 @@ def _compress(args: argparse.Namespace) -> int:
             temporary.write_bytes(data)
         return describe(data, codec.summary)
 
-    return _run(args, one, list_images, STREAM_SUFFIX)
+    code = _run(args, one, list_images, STREAM_SUFFIX)
+    if args.input.is_dir():
+        _tell_left_alone(args.input)
+    return code
+
+
+def _tell_left_alone(folder: Path) -> None:
+    """Say which files of a folder were not taken for pictures: some may be, HEIC for instance."""
+    taken = IMAGE_SUFFIXES | {STREAM_SUFFIX}
+    found = [path.suffix.lower() for path in list_files(folder, None)]
+    others = Counter(suffix for suffix in found if suffix not in taken)
+    if others:
+        kinds = ", ".join(
+            f"{count} {kind or 'no suffix'}" for kind, count in sorted(others.items())
+        )
+        print(
+            f"percov2: left alone, no pictures by their names: {printable(kinds)}", file=sys.stderr
+        )
 
 
 def _captioner(args: argparse.Namespace) -> Any:

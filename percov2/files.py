@@ -81,11 +81,11 @@ def list_images(folder: Path) -> list[Path]:
     return list_files(folder, IMAGE_SUFFIXES)
 
 
-def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+def list_files(folder: Path, suffixes: frozenset[str] | None) -> list[Path]:
     """The files in `folder` and below, sorted by path, without hidden files and folders.
 
-    Only suffixes, in any case, of the given set (lower case). Symbolic links to folders are not
-    followed.
+    Only suffixes, in any case, of the given set (lower case); None is all. Symbolic links to
+    folders are not followed.
 
     Raises:
         ValueError: `folder` is not a folder.
@@ -99,7 +99,8 @@ def list_files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
         found += [
             Path(parent, name)
             for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes
+            if not name.startswith(".")
+            and (suffixes is None or Path(name).suffix.lower() in suffixes)
         ]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 

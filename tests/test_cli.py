@@ -188,6 +188,8 @@ def test_a_folder_with_a_bad_file_does_the_rest_and_exits_1(
     photograph.save(source / "deep" / "b.jpg")
     photograph.save(source / "a.webp")
     (source / "broken.png").write_bytes(b"not a picture")
+    for name in ("LICENSE", "b.heic", "deep/c.HEIC", ".hidden"):
+        (source / name).touch()
     model = ["--model", str(tiny_model), "--json"]
     assert main(["compress", str(source), str(streams), *model]) == 1
     captured = capsys.readouterr()
@@ -196,6 +198,7 @@ def test_a_folder_with_a_bad_file_does_the_rest_and_exits_1(
     failed = {Path(f["input"]).name: f["error"] for f in result["failures"]}
     assert set(failed) == {"a.webp", "broken.png"}
     assert "2 of 4 files failed" in captured.err
+    assert "left alone, no pictures by their names: 1 no suffix, 2 .heic" in captured.err
     assert sorted(p.name for p in streams.rglob("*") if p.is_file()) == ["a.pcv2", "b.pcv2"]
     assert main(["decompress", str(streams), str(pictures), "--steps", "1", *model]) == 0
     assert (pictures / "deep" / "b.png").is_file()
