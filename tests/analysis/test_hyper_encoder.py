@@ -115,3 +115,14 @@ def test_saved_encoder_gives_equal_features(tmp_path: Path) -> None:
     encoder, latents = make_encoder(4), torch.randn(1, 4, 8, 12)
     encoder.save_pretrained(tmp_path)
     assert torch.equal(HyperEncoder.from_pretrained(tmp_path)(latents), encoder(latents))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_attention_follows_the_second_group_and_the_last_convolution(reduction: int) -> None:
+    """PerCo's order: three groups of a convolution and three blocks, attention behind two."""
+    encoder = HyperEncoder(
+        latent_channels=4, hidden_channels=8, out_channels=8, reduction=reduction
+    )
+    group = ["Conv2d", *["BottleneckBlock"] * 3]
+    expected = [*group, *group, "AttentionBlock", *group, "Conv2d", "AttentionBlock"]
+    assert [type(layer).__name__ for layer in encoder.layers] == expected

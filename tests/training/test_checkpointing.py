@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ def test_a_missing_permission_is_one_line(tmp_path: Path) -> None:
 
 
 def _save_forever(path: Path) -> None:
+    torch.set_num_threads(1)  # threads that have run before a fork are not there after it
     step = 1
     while True:
         AtomicCheckpointIO().save_checkpoint(_state(step, size=500_000), path)
@@ -113,15 +115,20 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     for _ in range(20):
         process = multiprocessing.get_context("fork").Process(target=_save_forever, args=(path,))
         process.start()
-        time.sleep(draw.uniform(0.01, 0.06))
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.iterdir())) < 2:  # until it has begun to save
+            assert time.monotonic() < deadline
+        time.sleep(draw.uniform(0.0, 0.004))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         interrupted += len(list(tmp_path.iterdir())) > 1
+        remove_leftovers(tmp_path)
         state = read_checkpoint(path)
         assert torch.all(state["state_dict"]["weight"] == state["global_step"])
         assert latest_checkpoint(tmp_path) == path
     assert interrupted  # or no kill fell into a save
+    (tmp_path / ".last.ckpt").write_bytes(b"half")
     AtomicCheckpointIO().save_checkpoint(_state(1), path)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -231,3 +238,25 @@ def test_weights_of_another_model_are_named() -> None:
     assert "b (2, 3) instead of (2, 4)" in str(got.value)
     compare_shapes(Path("x.ckpt"), expected, expected, stage="FlowStage")
     assert shapes_of({"a": torch.zeros(2, 3)}) == {"a": (2, 3)}
+
+
+def test_a_checkpoint_reaches_the_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contents first, then the name, then the folder that holds the name."""
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        order.append(kind)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append("name")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
+    assert order == ["file", "name", "folder"]

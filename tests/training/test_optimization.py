@@ -193,3 +193,8 @@ def test_phases_of_two_optimisers_are_refused() -> None:
 def test_bad_fields_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must"):
         Optimization(**({"lr": 1.0, "warmup_steps": 0} | fields))  # type: ignore[arg-type]
+
+
+def test_the_rate_follows_steps_not_epochs() -> None:
+    scheduler = build_optimizer(phase(nn.Linear(3, 2)))["lr_scheduler"]
+    assert scheduler["interval"] == "step"
