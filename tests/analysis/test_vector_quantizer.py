@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 from datetime import timedelta
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from percov2.analysis import vector_quantizer
 from percov2.analysis.vector_quantizer import VectorQuantizer
 
 CHANNELS, DIM = 6, 4
@@ -308,3 +310,72 @@ def test_two_processes_equal_one_with_both_batches(two_processes: Path) -> None:
     pair = np.load(two_processes / "0-False.npz")
     for name, buffer in quantizer.named_buffers():
         np.testing.assert_allclose(pair[name], buffer.numpy(), atol=1e-5, err_msg=name)
+
+
+class _Group:
+    """A process group of two, of which the other process sends what it is told to.
+
+    Args:
+        monkeypatch: takes it back.
+        counts: of the other process's tokens.
+        vectors: that the other process offers to dead codes.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, counts: Tensor, vectors: Tensor) -> None:
+        self.counts, self.vectors, self.calls = counts, vectors, 0
+        monkeypatch.setattr(vector_quantizer, "_distributed", lambda: True)
+        monkeypatch.setattr(vector_quantizer, "_gather", self._gather)
+        monkeypatch.setattr(dist, "all_reduce", self._all_reduce)
+
+    def _all_reduce(self, tensor: Tensor) -> None:
+        self.calls += 1
+        if tensor.ndim == 1:
+            tensor += self.counts
+
+    def _gather(self, vectors: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cat([vectors, self.vectors])
+
+
+def test_a_process_without_finite_vectors_leaves_no_other_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantizer = make_quantizer()
+    group = _Group(monkeypatch, torch.zeros(8), torch.randn(8, DIM))
+    quantizer._update(torch.full((70, DIM), torch.nan), torch.zeros(70, dtype=torch.int64))
+    assert group.calls == 2
+
+
+def test_codes_are_revived_at_the_mean_count_of_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantizer = make_quantizer(decay=0.5, revival_threshold=0.1)
+    quantizer.ema_counts.zero_()
+    used = torch.zeros(8)
+    used[1] = 90.0
+    other = F.normalize(torch.randn(8, DIM, generator=torch.Generator().manual_seed(2)), dim=1)
+    _Group(monkeypatch, used, other)
+    mine = F.normalize(torch.randn(70, DIM, generator=torch.Generator().manual_seed(1)), dim=1)
+    quantizer._update(mine, torch.zeros(70, dtype=torch.int64))
+    assert quantizer.ema_counts[2:].tolist() == [(70 + 90) / 8] * 6
+    revived = quantizer.codebook[2:]
+    known = torch.cat([mine, other])
+    assert ((revived[:, None] - known).abs().amax(-1).amin(1) < 1e-6).all()
+
+
+def test_revived_codes_are_drawn_anew_from_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process's vectors are among them, and no step revives the same places."""
+    generator = torch.Generator().manual_seed(1)
+    mine, other = (F.normalize(torch.randn(70, DIM, generator=generator), dim=1) for _ in range(2))
+    found = []
+    for step in range(4):
+        quantizer = make_quantizer(revival_threshold=0.5)
+        _Group(monkeypatch, torch.zeros(8), other[:8])
+        quantizer.ema_counts.zero_()
+        quantizer.updates.fill_(step)
+        quantizer._revive(mine, torch.tensor(1.0))
+        found.append(quantizer.codebook.clone())
+    for first, second in pairwise(found):
+        assert not torch.equal(first, second)
+    shared = torch.cat(found)[:, None] - other[:8]
+    assert (shared.abs().amax(-1) < 1e-6).any()

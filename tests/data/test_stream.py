@@ -283,3 +283,18 @@ def test_a_block_is_given_up_as_it_is_passed_on(shards: list[str]) -> None:
     reader = stream.read([0, 0, 0, 0, 0], 0, 1)
     held = [len(reader.gi_frame.f_locals["raws"]) for _ in reader]  # type: ignore[attr-defined]
     assert held == [2, 1, 0, 2, 1, 0, 0]
+
+
+def test_every_epoch_orders_its_shards_and_every_block_its_samples(tmp_path: Path) -> None:
+    """Shards of one sample each show the shards' order, one shard of many that of its blocks."""
+    singles = write_shards(tmp_path / "singles", *[1] * 30)
+    stream = shard_stream(expand_shards(str(singles / "*.tar")))
+    orders = [keys_of_epoch(stream, epoch, 0, 1) for epoch in range(3)]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    whole = write_shards(tmp_path / "whole", 60)
+    stream = shard_stream(expand_shards(str(whole / "*.tar")), shuffle_block=20)
+    keys = keys_of_epoch(stream, 0, 0, 1)
+    blocks = [[key - first for key in keys[first : first + 20]] for first in (0, 20, 40)]
+    assert all(sorted(block) == list(range(20)) for block in blocks)
+    assert blocks[0] != blocks[1] != blocks[2]

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,12 @@ from percov2.entropy.integer_transformer import IntegerTransformer
 from percov2.entropy.masked_transformer import MaskedTransformer
 from percov2.entropy.range_coder import TOTAL, Frequencies
 from percov2.entropy.schedules import Groups, make_schedule, num_groups
+from tests.entropy import reference_transformer
 from tests.entropy.reference_transformer import (
+    ACTIVATION_MAX,
+    HIDDEN_MAX,
+    LOGIT_MAX,
+    RESIDUAL_MAX,
     ReferenceTransformer,
     exp_table,
     normalise,
@@ -173,6 +179,48 @@ def test_frequencies_are_those_of_the_reference_for_weights_of_any_size(std: flo
     for k in range(num_groups(groups)):
         expected = reference_of(model).frequencies(tokens[0].numpy(), groups, k)
         np.testing.assert_array_equal(predict(model, tokens, groups, k), expected)
+
+
+def test_what_goes_beyond_the_ranges_is_clamped_as_in_the_reference() -> None:
+    """Weights far larger than trained ones: the exactness of every sum rests on the clamps."""
+    torch.manual_seed(7)
+    model: MaskedTransformer = MaskedTransformer(
+        codebook_size=V, dim=16, num_layers=2, num_heads=2, window=4
+    )
+    randomise(model, std=1.0)
+    with torch.no_grad():
+        for weight in (model.token_embedding.weight, model.row_embedding.weight):
+            weight.mul_(100)  # of unit 2^-9, clamped at 64
+        model.head.weight.mul_(40)
+        for block in model.blocks:
+            block.mlp_out.weight.mul_(25)
+            block.mlp_in.weight.mul_(5)
+            block.attention.qkv.weight.mul_(5)
+            block.attention.out.weight.mul_(20)
+    integers = IntegerTransformer(model.eval())
+    reference = reference_of(integers)
+    assert np.abs(reference.integers["tokens"]).max() == RESIDUAL_MAX
+    seen: dict[str, int] = {}
+    project = reference_transformer.project
+
+    def watched(part: str, *arguments: Any) -> Any:
+        found = project(part, *arguments)
+        seen[part] = max(seen.get(part, 0), int(np.abs(found).max()))
+        return found
+
+    groups, tokens = make_schedule("quincunx", 6, 9), make_tokens(6, 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference_transformer, "project", watched)
+        expected = [
+            reference.frequencies(tokens[0].numpy(), groups, k) for k in range(num_groups(groups))
+        ]
+    # The test is of use only where the clamps are.
+    assert seen["head"] > LOGIT_MAX
+    assert seen["blocks.0.mlp_in"] > HIDDEN_MAX
+    assert seen["blocks.0.qkv"] > ACTIVATION_MAX
+    assert seen["blocks.0.mlp_out"] > RESIDUAL_MAX
+    for k, frequencies in enumerate(expected):
+        np.testing.assert_array_equal(predict(integers, tokens, groups, k), frequencies)
 
 
 def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

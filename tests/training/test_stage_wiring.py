@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,3 +202,23 @@ def test_warm_up_and_decay_begin_with_their_phase() -> None:
         early = cosine.factor(step, first=0, last=100)
         assert cosine.factor(step + 500, first=500, last=600) == pytest.approx(early)
     assert cosine.factor(504, first=500, last=600) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_only_a_judged_flow_learns_the_samplers_times_and_noise(
+    batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judged: bool
+) -> None:
+    network = _Network()
+    monkeypatch.setattr(flow_stage, "predict", network)
+    stage = stages.flow_stage(tmp_path, train_tokenizer=False, from_prediction=True).eval()
+    stage.flow = replace(stage.flow, temperature=0.25)
+    if judged:
+        object.__setattr__(stage, "adversary", SimpleNamespace(steps=1))
+    latents = latents_of(batch, stage.parts.autoencoder)
+    _, condition, prediction, _ = stage._condition(latents)
+    stage._flow_loss(latents, condition, prediction, batch, step=STEP)
+    # At time 1 the network sees the source alone.
+    assert bool((network.t == 1).all()) == judged
+    wide = network.t[:, None, None, None]
+    noise = (network.x_t - (1 - wide) * latents - wide * prediction) / (wide * stage.flow.sigma)
+    assert float(noise.std()) == pytest.approx(0.25 if judged else 1.0, rel=0.1)
