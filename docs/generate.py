@@ -76,12 +76,16 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def adapt(markdown: str) -> str:
-    """Links to mirrored files, the picture of the data path, and nested lists.
+    """Links to and in mirrored files, the picture of the data path, and nested lists.
 
     GitHub nests a list that is indented by two or three columns, Python-Markdown wants four.
     """
     for name, source in MIRRORED.items():
         markdown = markdown.replace(f"](../{source})", f"]({name})")
+    markdown = re.sub(
+        r"\]\(\.\./percov2/presets/[\w-]+/README\.md\)", "](model-cards.md)", markdown
+    )
+    markdown = markdown.replace("](../docs/", "](")
     if DATA_PATH_MARK in markdown:
         markdown = markdown.replace(DATA_PATH_MARK, data_path())
     return _outside_fences(markdown, lambda line: re.sub(r"^ {2,3}(-|\d+\.) ", r"    \1 ", line))
